@@ -1,1 +1,8 @@
 """Where things run: the only code that imports ray, vllm, deepspeed or zmq. Each file hosts the module of its name."""
+
+import os
+
+if not os.environ.get("RAY_ADDRESS"):
+    # A Ray that we start ourselves stays on loopback. Ray reads this variable when it is imported: with it (and the
+    # node address 127.0.0.1) none of its listeners binds a wildcard address. On a cluster that exists it is left alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -1,0 +1,37 @@
+"""Waiting for remote calls: every one has a deadline, and every failure names who failed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+
+
+class CallFailed(RuntimeError):
+    """A remote call that brought no result. ``gone``: the actor is dead or silent, rather than that it raised."""
+
+    def __init__(self, who: str, why: str, gone: bool) -> None:
+        super().__init__(f"{who}: {why}")
+        self.who = who
+        self.gone = gone
+
+
+async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
+    """The result of a call. Raises CallFailed after ``deadline_s``, when the actor is dead, or when the call raised.
+
+    A call on a frozen actor raises nothing by itself, hence the deadline.
+    """
+    try:
+        return await asyncio.wait_for(_result(ref), deadline_s)
+    except TimeoutError:
+        raise CallFailed(who, f"no answer within {deadline_s:.0f} s", gone=True) from None
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        raise CallFailed(who, f"died ({type(error).__name__})", gone=True) from error
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None) or error
+        raise CallFailed(who, f"{type(cause).__name__}: {cause}", gone=False) from error
+
+
+async def _result(ref: ray.ObjectRef) -> Any:
+    return await ref

@@ -1,0 +1,180 @@
+"""Where actors live: joining or starting Ray, and one placement group per learner and per generator.
+
+A generator is a placement group of tensor_parallel x pipeline_parallel bundles; the learner is one of ``ranks`` bundles.
+On a cluster without GPUs the actors share the CPUs that are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hapo_async.errors import RunError
+
+log = logging.getLogger(__name__)
+
+# Inherited by every actor: one thread per process (two threads beside a busy neighbour are many times slower).
+ACTOR_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class LocalRay:
+    """A Ray head on 127.0.0.1 that this process starts and ends itself.
+
+    ``stop`` shuts Ray down and then ends, by pid, whatever of this head is still alive; it touches nothing else.
+    """
+
+    def __init__(self, num_cpus: int) -> None:
+        for key, value in ACTOR_ENV.items():
+            os.environ.setdefault(key, value)
+        self._before = {p.pid for p in psutil.Process().children(recursive=True)}
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(_short_temp_dir()),
+            object_store_memory=_object_store_bytes(),
+        )
+
+    def stop(self) -> None:
+        started = [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
+        ray.shutdown()
+        end_processes(started)
+
+
+def _short_temp_dir() -> str:
+    """Ray's sockets live below its temp folder and their paths may not exceed 107 bytes."""
+    base = tempfile.gettempdir()
+    return os.path.join(base if len(base) < 40 else "/tmp", "ray")  # noqa: S108, PTH118
+
+
+def _object_store_bytes() -> int:
+    """A tenth of the free memory, between 200 MB and 4 GB: the shared-memory file system must hold it."""
+    shm = psutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 1 << 30  # noqa: S108, PTH112
+    return int(min(max(200e6, psutil.virtual_memory().available / 10), 4e9, 0.8 * shm))
+
+
+def end_processes(processes: list[psutil.Process], grace_s: float = 5.0) -> None:
+    """SIGTERM, then SIGKILL for those that stay. psutil compares creation times, so a reused pid is never hit."""
+    alive = [p for p in processes if p.is_running()]
+    for process in alive:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(alive, timeout=grace_s)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=grace_s)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray offers. gpus / cpus: totals. ``local`` is set when this process started Ray."""
+
+    cpus: float
+    gpus: float
+    local: LocalRay | None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus >= 1 else "cpu"
+
+    def stop(self) -> None:
+        if self.local:
+            self.local.stop()
+        else:
+            ray.shutdown()
+
+
+def join(actors: int) -> Cluster:
+    """Joins the cluster that RAY_ADDRESS names (as ``ray job submit`` sets it), else starts a local Ray.
+
+    actors: how many actors will run; a local Ray declares at least that many CPUs, so that nothing waits for ever.
+    """
+    local = None
+    if os.environ.get("RAY_ADDRESS"):
+        environment = {"env_vars": ACTOR_ENV}
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=environment)
+    else:
+        local = LocalRay(num_cpus=max(actors, os.cpu_count() or 1))
+    resources = ray.cluster_resources()
+    return Cluster(resources.get("CPU", 1.0), resources.get("GPU", 0.0), local)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A reserved placement group. ``options(i)`` are the actor options that pin an actor to bundle i."""
+
+    group: PlacementGroup
+    cpus: float
+    gpus: float
+
+    def options(self, bundle: int, **more: Any) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+        )
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": strategy, **more}
+
+    def release(self) -> None:
+        remove_placement_group(self.group)
+
+
+def reserve(cluster: Cluster, bundles: int, cpu_share: float, name: str, timeout_s: float = 120.0) -> Slot:
+    """Reserves ``bundles`` equal bundles on few nodes. Raises RunError when the cluster cannot give them in time."""
+    gpus = 1.0 if cluster.device == "cuda" else 0.0
+    shape = {"CPU": cpu_share, **({"GPU": gpus} if gpus else {})}
+    group = placement_group([shape] * bundles, strategy="PACK", name=name)
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        raise RunError(
+            f"{name}: {bundles} x {shape} not available within {timeout_s:.0f} s on a cluster of {cluster.cpus:g} CPUs and "
+            f"{cluster.gpus:g} GPUs. Lower generator.count or learner.ranks, or add nodes."
+        )
+    return Slot(group, cpu_share, gpus)
+
+
+def cpu_share(cluster: Cluster, actors: int) -> float:
+    """CPUs per actor: one where they suffice, else an equal share in hundredths (logged: the actors will compete)."""
+    if actors <= cluster.cpus:
+        return 1.0
+    share = max(0.01, int(100 * cluster.cpus / actors) / 100)
+    log.warning("%d actors share %g CPUs (%g each): they will compete for cores", actors, cluster.cpus, share)
+    return share
+
+
+def node_ip(cluster: Cluster) -> str:
+    return ray.util.get_node_ip_address() if cluster.local is None else "127.0.0.1"
+
+
+def wait_ready(named: dict[str, Any], timeout_s: float = 300.0) -> dict[str, Any]:
+    """Waits for ``ready()`` results {name: ref}. Raises RunError that names whoever is missing or failed."""
+    deadline = time.monotonic() + timeout_s
+    out = {}
+    for name, ref in named.items():
+        try:
+            out[name] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            raise RunError(f"{name} was not ready within {timeout_s:.0f} s") from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"{name} failed to start: {error}") from error
+    return out

@@ -1,0 +1,201 @@
+"""The command line. Exit codes: 0 done; 1 the run failed; 2 the command or the config is wrong and nothing was started."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hapo_async import __version__
+from hapo_async.errors import ConfigError, RunError, UserError
+
+app = typer.Typer(
+    name="hapo-async",
+    help="Asynchronous reinforcement learning from verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: turns errors into exit codes."""
+    logging.basicConfig(
+        level=os.environ.get("HAPO_LOG", "WARNING").upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "transformers", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except RunError as error:
+        err.print(f"run failed: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; the shipped ones are in configs/.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, start nothing.")] = False,
+) -> None:
+    """Train a policy."""
+    from hapo_async import config as configs
+
+    loaded = configs.load(config, overrides or [])
+    from hapo_async.driver import setup
+
+    prepared = setup.prepare(loaded)
+    for source, report in prepared.reports.items():
+        for line in report.lines():
+            out.print(f"[dim]{source}:[/] ", end="")
+            out.print(line, markup=False)
+    if dry_run:
+        from hapo_async import plan
+
+        out.print(configs.to_yaml(loaded), markup=False)
+        for line in plan.describe(prepared.config, prepared.model_path, prepared.tokenizer, prepared.prompts[0]):
+            out.print(line, markup=False)
+        return
+    _warn_without_teachers(prepared)
+    from hapo_async.driver import run
+
+    outcome = run.train(prepared)
+    _print_outcome(outcome, run.outcome_rows(outcome))
+    if not outcome.finished:
+        raise RunError(f"stopped by a signal after step {outcome.steps}; the same command continues from its checkpoint")
+
+
+def _warn_without_teachers(prepared: Any) -> None:
+    wants = prepared.algorithm.composition in ("ssi", "append", "switch")
+    if wants and prepared.with_teacher == 0:
+        err.print(
+            f"warning: algorithm={prepared.config.algorithm} learns from teacher solutions too, but no prompt has a usable one: "
+            "it will train on its own answers alone.",
+            style="yellow",
+        )
+
+
+def _print_outcome(outcome: Any, rows: list[tuple[str, float | None, float]]) -> None:
+    out.print(f"\n{outcome.steps} steps in {outcome.seconds:.0f} s")
+    for name, before, after in rows:
+        start = f"{before:.3f} -> " if before is not None else ""
+        out.print(f"held-out accuracy on {name} (pass@1): {start}{after:.3f}")
+    out.print(f"report       {outcome.run_dir / 'report.html'}", markup=False)
+    out.print(f"TensorBoard  tensorboard --logdir {outcome.run_dir / 'tensorboard'}", markup=False)
+    out.print(f"model        {outcome.run_dir / 'model'}", markup=False)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id, or builtin:chain.")],
+    data: Annotated[list[str], typer.Option("--data", help="A file or data set; repeat for several.")],
+    n: Annotated[int, typer.Option(help="Answers per prompt.")] = 1,
+    k: Annotated[int, typer.Option(help="k of pass@k.")] = 1,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on benchmark files."""
+    from hapo_async import config as configs
+
+    temperature = [] if n == 1 else ["eval.temperature=1.0"]
+    tree = [f"model={model}", f"eval.n={n}", f"eval.k={k}", *temperature, *(overrides or [])]
+    loaded = configs.load(None, tree)
+    loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"eval": data})})
+    from hapo_async.driver import standalone
+
+    metrics = standalone.evaluate_model(loaded)
+    if as_json:
+        out.print_json(json.dumps(metrics))
+        return
+    table = Table("set", "metric", "value", "± se")
+    for name, value in metrics.items():
+        if not name.endswith("/se"):
+            _, where, what = name.split("/", 2)
+            error = metrics.get(f"{name}/se")
+            table.add_row(where, what, f"{value:.4g}", "" if error is None else f"{error:.3f}")
+    out.print(table)
+
+
+@app.command()
+def explain(algorithm: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """Print what an algorithm is made of, from the code; without a name, list all."""
+    from hapo_async import algorithms
+
+    names = [algorithm] if algorithm else algorithms.names()
+    parts = {name: algorithms.get(name).describe() for name in names}
+    if as_json:
+        out.print_json(json.dumps(parts[algorithm] if algorithm else list(parts.values())))
+        return
+    if algorithm is None:
+        table = Table("algorithm", "title", "seeds", "advantage", "reduction")
+        for name, p in parts.items():
+            table.add_row(name, p["title"], ", ".join(p["seed_papers"]), p["advantage"], p["reduction"])
+        out.print(table)
+        return
+    for key, value in parts[algorithm].items():
+        out.print(f"[bold]{key:>12}[/]  ", end="")
+        out.print(json.dumps(value) if isinstance(value, dict | list) else value, markup=False)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
+    """What a run is doing: version, ledger, generators, bottleneck."""
+    path = run / "status.json"
+    if not path.exists():
+        raise ConfigError(f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a run that has started.")
+    state = json.loads(path.read_text())
+    if as_json:
+        out.print_json(json.dumps(state))
+        return
+    out.print(f"{state['state']}: step {state['step']} of {state['steps']}, version {state['version']}")
+    out.print("ledger: " + ", ".join(f"{k} {v}" for k, v in state["ledger"].items()))
+    for g in state["generators"]:
+        out.print(f"{g['name']}: {g['state']}, serves {g['version']}, {g['groups']} groups")
+    if state["advice"]:
+        out.print(state["advice"], markup=False)
+
+
+@app.command("check-data")
+def check_data(config: Path, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Load a config's data, print the column mapping and what was left out and why."""
+    from hapo_async import config as configs
+    from hapo_async.verify import check
+
+    loaded = configs.load(config, overrides or [])
+    check.check_data(loaded, as_json=as_json)
+
+
+@app.command("check-verifier")
+def check_verifier(
+    file: Path,
+    verifier: Annotated[str, typer.Option("--verifier", help="auto | boxed | math | module:function")] = "auto",
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Judge a file of labelled answers and list where the verifier disagrees with the labels."""
+    from hapo_async.verify import check
+
+    check.check_verifier(str(file), name=verifier, workers=workers, as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+

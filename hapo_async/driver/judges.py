@@ -1,0 +1,77 @@
+"""The verifiers as the driver sees them: each group goes to the one with the fewest outstanding."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+
+from actors import placement
+from actors.calls import CallFailed, answer
+from actors.verifier import VerifierActor
+from hapo_async.config import Config
+from hapo_async.errors import RunError
+from hapo_async.types import Judgement, Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Judges:
+    """All verifier actors. An actor that dies or stays silent is left out; its group goes to another."""
+
+    def __init__(self, config: Config, actors: dict[str, Any]) -> None:
+        self.config = config
+        self._actors = actors
+        self._outstanding = dict.fromkeys(actors, 0)
+
+    @classmethod
+    async def start(cls, config: Config) -> Judges:
+        actors = {}
+        for index in range(config.verifier.count):
+            name = f"verifier-{index}"
+            # num_cpus=0: the judging happens in worker processes, and a small cluster must not deadlock on it.
+            options = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": 0}
+            actors[name] = (
+                ray.remote(VerifierActor)
+                .options(**options)
+                .remote(config.verifier.name, config.verifier.workers, config.verifier.timeout_s)
+            )
+        refs = {name: actor.ready.remote() for name, actor in actors.items()}
+        await asyncio.to_thread(placement.wait_ready, refs)
+        return cls(config, actors)
+
+    @property
+    def count(self) -> int:
+        return len(self._actors)
+
+    async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
+        """One judgement per answer of the group behind ``payload``.
+
+        The deadline covers every answer being judged one after the other, each tried again. Raises RunError when no
+        verifier is left.
+        """
+        deadline_s = 30.0 + 2 * answers * self.config.verifier.timeout_s
+        while self._actors:
+            name = min(self._actors, key=lambda n: self._outstanding[n])
+            self._outstanding[name] += answers
+            try:
+                ref = self._actors[name].judge.remote(payload, prompt.text, prompt.truth, prompt.verifier)
+                return await answer(ref, deadline_s, name)
+            except CallFailed as error:
+                if not error.gone:
+                    raise
+                log.error("%s is out of service: %s", name, error)
+                self._actors.pop(name, None)
+            finally:
+                self._outstanding[name] -= answers
+        raise RunError("no verifier is left")
+
+    async def close(self) -> None:
+        for name, actor in self._actors.items():
+            try:
+                await answer(actor.close.remote(), 10.0, name)
+            except CallFailed as error:
+                log.warning("closing: %s", error)
+            ray.kill(actor)

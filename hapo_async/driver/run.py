@@ -1,0 +1,260 @@
+"""One run from start to end: start the actors, let the loops go, evaluate, save, report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors import placement
+from actors.learner import LearnerGroup
+from hapo_async import checkpoint, metrics, report
+from hapo_async.buffer import Buffer
+from hapo_async.config import Config
+from hapo_async.data import PromptStream
+from hapo_async.driver.evaluation import Evaluator
+from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.journal import Journal
+from hapo_async.driver.judges import Judges
+from hapo_async.driver.sampling import Sampler
+from hapo_async.driver.setup import Prepared, check_libraries
+from hapo_async.driver.training import Trained, Trainer
+from hapo_async.errors import ConfigError, RunError
+from hapo_async.ledger import Ledger
+from hapo_async.live import LiveView
+from hapo_async.rundir import RunDir
+from hapo_async.types import Version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. evals: metrics of the last evaluation."""
+
+    run_dir: Path
+    steps: int
+    finished: bool
+    seconds: float
+    first_evals: dict[str, float] = field(default_factory=dict)
+    evals: dict[str, float] = field(default_factory=dict)
+
+
+def train(prepared: Prepared) -> Outcome:
+    """Runs to the end. Raises UserError before anything started, RunError after."""
+    with RunDir(prepared.config) as folder:
+        resumed = _find_checkpoint(prepared.config, folder)
+        if resumed and resumed.step >= prepared.config.train.steps:
+            return _already_done(folder, resumed)
+        folder.write_config()
+        actors = prepared.config.generator.count + prepared.config.learner.ranks
+        cluster = placement.join(actors)
+        try:
+            check_libraries(prepared.config, cluster.device == "cuda")
+            return asyncio.run(_Run(prepared, folder, cluster, resumed).go())
+        finally:
+            cluster.stop()
+
+
+def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | None:
+    found = checkpoint.newest(folder.checkpoints)
+    if found is None and config.run.resume == "must":
+        raise ConfigError(f"run.resume=must, but {str(folder.checkpoints)!r} holds no checkpoint.")
+    if found is None and folder.has_metrics:
+        raise ConfigError(
+            f"run.dir={str(folder.path)!r} holds a run without a checkpoint, which cannot be continued. Give another run.dir, "
+            "or run.resume=never to move it aside and start afresh."
+        )
+    return found
+
+
+def _already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
+    rows = metrics.read(folder.path)
+    evals = [{k: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
+    evals = [e for e in evals if e] or [{}]
+    return Outcome(folder.path, found.step, True, 0.0, evals[0], evals[-1])
+
+
+class _Run:
+    """The parts of a run and the order in which they come up and go down."""
+
+    def __init__(
+        self, prepared: Prepared, folder: RunDir, cluster: placement.Cluster, resumed: checkpoint.Checkpoint | None
+    ) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.folder = folder
+        self.cluster = cluster
+        self.resumed = resumed
+        self.began = time.monotonic()
+        self.first_evals: dict[str, float] = {}
+        self.last_evals: dict[str, float] = {}
+
+    async def go(self) -> Outcome:
+        self._build_flow()
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start_actors(stack)
+            purge = self.resumed.step + 1 if self.resumed else None
+            writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
+            view = stack.enter_context(LiveView(self.config.train.steps))
+            self.journal = Journal(self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler)
+            try:
+                with self._signals():
+                    await self._train()
+            except BaseException:
+                self.journal.status("failed", self.trainer)
+                raise
+            finished = not self.trainer.stopping
+            self.journal.status("done" if finished else "stopped", self.trainer)
+        with contextlib.suppress(OSError):
+            report.write(self.folder.path)
+        seconds = time.monotonic() - self.began
+        return Outcome(self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals)
+
+    # ---------------------------------------------------------------- coming up
+
+    def _build_flow(self) -> None:
+        p, c = self.prepared, self.config
+        state = self.resumed.driver if self.resumed else None
+        self.ledger = Ledger.resumed(state["ledger"]) if state else Ledger()
+        self.stream = PromptStream(p.prompts, c.seed, c.data.shuffle, c.data.epochs)
+        if state:
+            self.stream.restore(state["cursor"])
+        # A restart never reuses a version: the incarnation counts starts.
+        step, incarnation = (self.resumed.step, state["incarnation"] + 1) if self.resumed and state else (0, 1)
+        self.version = Version(incarnation, step)
+        self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
+        prompts = {prompt.uid: prompt for prompt in p.prompts}
+        self.sampler = Sampler(c, p.algorithm, p.options, self.stream, prompts, self.ledger, self.buffer)
+        self.sampler.step = step
+
+    async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:
+        p, c = self.prepared, self.config
+        width = c.generator.tensor_parallel * c.generator.pipeline_parallel
+        share = placement.cpu_share(self.cluster, c.generator.count * width + c.learner.ranks)
+        slot = placement.reserve(self.cluster, c.learner.ranks, share, "learner")
+        starting = (
+            LearnerGroup.start(c, p.model_path, self.cluster, slot),
+            Fleet.start(c, p.model_path, self.cluster, share, self.sampler.wake),
+            Judges.start(c),
+        )
+        self.learner, self.fleet, self.judges = await asyncio.gather(*starting)
+        for part in (self.learner, self.judges, self.fleet, self.sampler):
+            stack.push_async_callback(part.close)
+        if self.resumed:
+            await self.learner.load(self.resumed.path)
+        self.trainer = Trainer(c, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, self.version)
+        self.evaluator = Evaluator(c, p.eval_sets, self.fleet, self.judges)
+
+    # ---------------------------------------------------------------- running
+
+    async def _train(self) -> None:
+        await self.trainer.publish()
+        await self.fleet.wait_installed(self.version, self.config.weights.deadline_s)
+        if self.evaluator.sets and self.version.step == 0:
+            self.first_evals = self.last_evals = await self.evaluator.run(0)
+            self.journal.evaluation(0, self.first_evals)
+        feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
+        training = asyncio.create_task(self.trainer.run(self._committed))
+        try:
+            done, _ = await asyncio.wait({feeding, training}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (feeding, training):
+                task.cancel()
+            await asyncio.gather(feeding, training, return_exceptions=True)
+        await self._finish()
+
+    async def _committed(self, trained: Trained) -> None:
+        """The step boundary: evaluation, checkpoint, then the step's row."""
+        c, step = self.config, trained.step
+        evals: dict[str, float] = {}
+        last = step == c.train.steps
+        if self.evaluator.sets and (last or (c.eval.every and step % c.eval.every == 0)):
+            began = time.monotonic()
+            evals = await self._evaluate(step)
+            trained.times.eval += time.monotonic() - began
+        if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
+            began = time.monotonic()
+            await self._checkpoint(step)
+            trained.times.checkpoint += time.monotonic() - began
+        await self.journal.step(trained, self.trainer, evals)
+
+    async def _evaluate(self, step: int) -> dict[str, float]:
+        """Barrier: the learner waits, and every generator serves its version."""
+        await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
+        self.last_evals = await self.evaluator.run(step)
+        return self.last_evals
+
+    async def _finish(self) -> None:
+        """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
+        step = self.trainer.version.step
+        ended_early = step < self.config.train.steps and not self.trainer.stopping
+        if ended_early and step > 0 and self.evaluator.sets:
+            self.journal.evaluation(step, await self._evaluate(step))
+        if step == 0:
+            raise RunError("the data ended before the first batch was complete and nothing was left to train on")
+        path = await self._checkpoint(step)
+        await asyncio.to_thread(_copy_model, path / "model", self.folder.model)
+
+    async def _checkpoint(self, step: int) -> Path:
+        began = time.monotonic()
+        root = self.folder.checkpoints
+        folder = checkpoint.begin(root, step)
+        await self.learner.save(folder)
+        driver = {
+            "step": step,
+            "incarnation": self.trainer.version.incarnation,
+            "cursor": self.stream.cursor(),
+            "ledger": self.ledger.state_dict(),
+            "config_digest": self.config.digest(),
+        }
+        path = await asyncio.to_thread(checkpoint.seal, folder, root, step, driver)
+        checkpoint.prune(root, self.config.train.keep_checkpoints)
+        log.info("checkpoint of step %d written in %.1f s", step, time.monotonic() - began)
+        return path
+
+    # ---------------------------------------------------------------- stopping
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run at the next step boundary, with a checkpoint; a second one ends it now."""
+        loop = asyncio.get_running_loop()
+        current = asyncio.current_task()
+
+        def stop() -> None:
+            if self.trainer.stopping and current:
+                current.cancel()
+            self.trainer.stopping = True
+            self.sampler.wake()
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    beside = target.with_name(".model.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+
+
+def outcome_rows(outcome: Outcome) -> list[tuple[str, Any, Any]]:
+    """(set, pass@1 before, pass@1 after) of each evaluation set, for the closing lines."""
+    names = [k for k in outcome.evals if k.endswith("/pass@1")]
+    return [(n.split("/")[1], outcome.first_evals.get(n), outcome.evals[n]) for n in names]

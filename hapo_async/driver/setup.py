@@ -1,0 +1,89 @@
+"""Everything that can be wrong before anything starts: data, model, engine, algorithm. Raises UserError, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hapo_async import algorithms, data, evaluate, verify
+from hapo_async.algorithms import Algorithm
+from hapo_async.config import Config
+from hapo_async.errors import ConfigError, DataError
+from hapo_async.types import Prompt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: nothing has been started, and nothing that a user wrote can fail any more."""
+
+    config: Config
+    algorithm: Algorithm
+    options: Mapping[str, Any]
+    model_path: str
+    tokenizer: Any
+    prompts: list[Prompt]
+    eval_sets: dict[str, list[Prompt]]
+    reports: dict[str, data.DataReport]
+
+    @property
+    def with_teacher(self) -> int:
+        return sum(any(t.rejected is None for t in p.teachers) for p in self.prompts)
+
+
+def prepare(config: Config, gpus: bool | None = None) -> Prepared:
+    """Checks and loads. gpus: whether the cluster has GPUs, None when that is not known yet."""
+    algorithm = algorithms.get(config.algorithm)
+    options = algorithm.resolve(config.options)
+    algorithm.check_config(config)
+    verify.resolve(config.verifier.name)
+    check_libraries(config, gpus)
+    model_path = data.resolve_model(config.model)
+    tokenizer = data.load_tokenizer(model_path)
+    prompts, report = data.load_prompts(config, config.data.train, tokenizer, "train")
+    reports = {config.data.train: report}
+    if algorithm.composition == "demonstrations":
+        prompts = [p for p in prompts if any(t.rejected is None for t in p.teachers)]
+        if not prompts:
+            raise DataError(
+                f"algorithm={config.algorithm!r} learns from demonstrations, but no prompt of {config.data.train!r} has a "
+                "usable teacher solution. Name its column with data.columns, or choose another algorithm."
+            )
+    if not prompts:
+        raise DataError(f"{config.data.train!r} holds no usable prompt; see data.max_prompt_tokens and data.columns.")
+    eval_sets = {}
+    for source in config.data.eval:
+        loaded, reports[source] = data.load_prompts(config, source, tokenizer, "eval")
+        if not loaded:
+            raise DataError(f"evaluation set {source!r} holds no usable prompt.")
+        eval_sets[_free_name(evaluate.set_name(source), eval_sets)] = loaded[: config.eval.limit or None]
+    return Prepared(config, algorithm, options, model_path, tokenizer, prompts, eval_sets, reports)
+
+
+def check_libraries(config: Config, gpus: bool | None) -> None:
+    """The engine is installed, and the pass-through sections name what their libraries know."""
+    if config.deepspeed:
+        from actors import learner
+
+        learner.check_overrides(config.deepspeed)
+    if config.generator.engine == "vllm" or (config.generator.engine == "auto" and gpus):
+        from actors import vllm_engine
+
+        if not vllm_engine.is_installed():
+            raise ConfigError(
+                "generator.engine=vllm, but vllm is not installed. Install hapo_async[gpu] (or hapo_async[cpu] on a machine "
+                "without GPUs), or set generator.engine=transformers."
+            )
+        vllm_engine.engine_args(config)
+    elif config.vllm and config.generator.engine == "transformers":
+        raise ConfigError("the vllm: section has no effect with generator.engine=transformers. Remove one of the two.")
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number = 2
+    unique = name
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    return unique
+
+

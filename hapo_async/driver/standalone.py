@@ -1,0 +1,47 @@
+"""``hapo-async eval``: the generators, verifiers and evaluator of a run, without a learner."""
+
+from __future__ import annotations
+
+import asyncio
+
+from actors import placement
+from hapo_async import data, evaluate, verify
+from hapo_async.config import Config
+from hapo_async.driver.evaluation import Evaluator
+from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.judges import Judges
+from hapo_async.driver.setup import check_libraries
+from hapo_async.errors import DataError
+from hapo_async.types import Prompt
+
+
+def evaluate_model(config: Config) -> dict[str, float]:
+    """Metrics of ``config.model`` on ``config.data.eval``. Raises UserError before anything starts, RunError after."""
+    verify.resolve(config.verifier.name)
+    check_libraries(config, None)
+    model_path = data.resolve_model(config.model)
+    tokenizer = data.load_tokenizer(model_path)
+    sets: dict[str, list[Prompt]] = {}
+    for source in config.data.eval:
+        prompts, report = data.load_prompts(config, source, tokenizer, "eval")
+        if not prompts:
+            raise DataError(f"evaluation set {source!r} holds no usable prompt: {'; '.join(report.lines())}")
+        sets[evaluate.set_name(source)] = prompts[: config.eval.limit or None]
+    cluster = placement.join(config.generator.count)
+    try:
+        return asyncio.run(_evaluate(config, model_path, cluster, sets))
+    finally:
+        cluster.stop()
+
+
+async def _evaluate(
+    config: Config, model_path: str, cluster: placement.Cluster, sets: dict[str, list[Prompt]]
+) -> dict[str, float]:
+    share = placement.cpu_share(cluster, config.generator.count)
+    fleet = await Fleet.start(config, model_path, cluster, share, lambda: None)
+    judges = await Judges.start(config)
+    try:
+        return await Evaluator(config, sets, fleet, judges).run(0)
+    finally:
+        await judges.close()
+        await fleet.close()

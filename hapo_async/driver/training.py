@@ -1,0 +1,197 @@
+"""From buffer to published weights: the learner's side of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from actors.learner import LearnerGroup
+from hapo_async import batch
+from hapo_async.admission import overdue
+from hapo_async.buffer import Buffer, Ready
+from hapo_async.config import Config
+from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.sampling import Sampler
+from hapo_async.errors import RunError
+from hapo_async.ledger import Ledger
+from hapo_async.types import GroupKey, Version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepTimes:
+    """Seconds of one step, by the names of the metric registry without prefix and suffix."""
+
+    began: float = field(default_factory=time.monotonic)
+    wait_for_batch: float = 0.0
+    wait_for_stale: float = 0.0
+    learn: float = 0.0
+    sync: float = 0.0
+    eval: float = 0.0
+    checkpoint: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        names = ("wait_for_batch", "wait_for_stale", "learn", "sync", "eval", "checkpoint")
+        return {"time/step_s": time.monotonic() - self.began, **{f"time/{n}_s": getattr(self, n) for n in names}}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One committed step: what was trained, the learner's metrics, seconds."""
+
+    step: int
+    groups: list[Ready]
+    learner: dict[str, float]
+    times: StepTimes
+
+
+class Trainer:
+    """Takes batches oldest first, steps, publishes, commits to the ledger. It owns the version."""
+
+    def __init__(
+        self,
+        config: Config,
+        learner: LearnerGroup,
+        fleet: Fleet,
+        sampler: Sampler,
+        ledger: Ledger,
+        buffer: Buffer,
+        version: Version,
+    ) -> None:
+        self.config = config
+        self.learner = learner
+        self.fleet = fleet
+        self.sampler = sampler
+        self.ledger = ledger
+        self.buffer = buffer
+        self.version = version
+        self.stopping = False
+        self.expired = 0
+        self._bad_steps = 0
+
+    async def publish(self) -> None:
+        """Hands the learner's weights to the fleet under the current version."""
+        manifest, refs = await self.learner.publish(self.version)
+        self.fleet.publish(manifest, refs)
+
+    async def run(self, committed: Callable[[Trained], Awaitable[None]]) -> None:
+        """Steps until train.steps, until the data end, or until ``stopping``. ``committed`` is awaited after each step:
+        evaluation, checkpoint and metrics happen there, at the step boundary."""
+        times = StepTimes()
+        while self.version.step < self.config.train.steps and not self.stopping:
+            groups = await self._next_batch(times)
+            if not groups:
+                return
+            learned = await self._step(groups, times)
+            if learned is None:
+                continue
+            began = time.monotonic()
+            # A synchronous run samples nothing beside an evaluation: its batches then never depend on timing.
+            self.sampler.hold = self.config.max_staleness == 0
+            await self.publish()
+            for group in groups:
+                self.ledger.train(group.key, self.version.step)
+            self.ledger.check()
+            self.sampler.step = self.version.step
+            self.sampler.wake()
+            times.sync += time.monotonic() - began
+            await committed(Trained(self.version.step, groups, learned, times))
+            self.sampler.hold = False
+            self.sampler.wake()
+            times = StepTimes()
+
+    # ---------------------------------------------------------------- batches
+
+    async def _next_batch(self, times: StepTimes) -> list[Ready]:
+        """A full batch, or what is left at the end of the data, or [] when nothing is left or the run is stopping."""
+        step, eta, wanted = self.version.step, self.config.max_staleness, self.config.train.batch_prompts
+        await self._wait_for_fill(wanted, times)
+        if self.stopping:
+            return []
+        await self._wait_for_overdue(step, eta, times)
+        expired = self.buffer.take_expired(step, eta)
+        self.expired += len(expired)
+        self.sampler.reissue(expired, "too old")
+        if len(self.buffer) < wanted and not self.sampler.drained:
+            return await self._next_batch(times)
+        return self.buffer.take(wanted, step, eta)
+
+    async def _wait_for_fill(self, wanted: int, times: StepTimes) -> None:
+        began = time.monotonic()
+        limit_s = self.config.generator.deadline_s + 60.0
+        while len(self.buffer) < wanted and not self.sampler.drained and not self.stopping:
+            try:
+                await self._arrival(limit_s)
+            except TimeoutError:
+                raise RunError(f"no group arrived for {limit_s:.0f} s: {self.sampler.oldest_call()}") from None
+        times.wait_for_batch += time.monotonic() - began
+
+    async def _wait_for_overdue(self, step: int, eta: int, times: StepTimes) -> None:
+        """Waits for groups that would be too old at step + 1; past the deadline they are cut short or dropped."""
+        began = time.monotonic()
+        truncated = False
+        deadline = began + self.config.staleness.late_deadline_s
+        while late := self._late(step, eta):
+            try:
+                await self._arrival(max(0.01, deadline - time.monotonic()))
+            except TimeoutError:
+                if self.config.staleness.late == "truncate" and not truncated:
+                    truncated = True
+                    deadline = time.monotonic() + self.config.staleness.late_deadline_s
+                    await self.fleet.truncate(late)
+                else:
+                    await self.sampler.give_up_late(self.fleet, late)
+        times.wait_for_stale += time.monotonic() - began
+
+    def _late(self, step: int, eta: int) -> list[GroupKey]:
+        flights = self.sampler.flights
+        newest = overdue(
+            [f.step for f in flights.values()],
+            self.buffer.oldest_steps(),
+            step=step,
+            max_staleness=eta,
+            batch_prompts=self.config.train.batch_prompts,
+        )
+        return [] if newest is None else [k for k, f in flights.items() if f.step <= newest]
+
+    async def _arrival(self, timeout_s: float) -> None:
+        """Until something arrives or changes. Raises TimeoutError, or what a follower raised.
+
+        Callers test their condition before and after; no other coroutine runs between the test and ``clear``.
+        """
+        self.sampler.arrived.clear()
+        self.sampler.check()
+        self.fleet.check()
+        await asyncio.wait_for(self.sampler.arrived.wait(), timeout_s)
+        self.sampler.check()
+
+    # ---------------------------------------------------------------- the step
+
+    async def _step(self, groups: list[Ready], times: StepTimes) -> dict[str, float] | None:
+        """The learner's metrics; None when the step was skipped on all ranks (non-finite), its groups dropped."""
+        c = self.config
+        plans = batch.plan_step(
+            [g.train for g in groups], c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed
+        )
+        began = time.monotonic()
+        learned = await self.learner.step(plans)
+        times.learn += time.monotonic() - began
+        if not learned.pop("skipped", False):
+            self._bad_steps = 0
+            self.version = Version(self.version.incarnation, self.version.step + 1)
+            return learned
+        self._bad_steps += 1
+        for group in groups:
+            self.ledger.drop(group.key, "skipped_step")
+        log.error("step skipped: loss or gradient not finite (%d in a row)", self._bad_steps)
+        if self._bad_steps >= c.learner.max_bad_steps:
+            raise RunError(
+                f"{self._bad_steps} steps in a row had a non-finite loss or gradient (learner.max_bad_steps). Lower learner.lr, "
+                "or look at the last groups in rollouts/."
+            )
+        self.sampler.wake()
+        return None

@@ -1,0 +1,52 @@
+"""What a run would need: memory per learner rank and per generator, and the first prompt as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hapo_async.config import Config
+from hapo_async.types import Prompt
+
+GIB = 1 << 30
+
+
+def parameter_count(model_path: str) -> int:
+    """Parameters of a causal LM, tied ones once; built without memory (meta device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
+
+
+def learner_bytes(parameters: int, ranks: int, zero_stage: int, bf16: bool) -> int:
+    """Persistent bytes of one learner rank: weights, gradients and AdamW's two moments plus fp32 master weights.
+
+    ZeRO-1 shards the optimizer, ZeRO-2 the gradients too, ZeRO-3 the weights too. Activations come on top.
+    """
+    width = 2 if bf16 else 4
+    optimizer = 12 if bf16 else 8
+    weights = width / (ranks if zero_stage == 3 else 1)
+    gradients = width / (ranks if zero_stage >= 2 else 1)
+    return int(parameters * (weights + gradients + optimizer / ranks))
+
+
+def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) -> Iterator[str]:
+    """Lines for ``--dry-run``."""
+    c = config
+    parameters = parameter_count(model_path)
+    bf16 = c.learner.dtype == "bfloat16" or (c.learner.dtype == "auto" and torch.cuda.is_available())
+    width = c.generator.tensor_parallel * c.generator.pipeline_parallel
+    rank = learner_bytes(parameters, c.learner.ranks, c.learner.zero_stage, bf16)
+    yield f"placement: learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} bundles; verifiers {c.verifier.count}"
+    yield f"model: {parameters:,} parameters in {model_path}"
+    yield f"memory, weights and optimizer state without activations: {rank / GIB:.3f} GiB per learner rank"
+    yield f"memory, weights without KV cache: {parameters * (2 if bf16 else 4) / width / GIB:.3f} GiB per generator bundle"
+    yield f"first prompt ({len(prompt.tokens)} tokens): {tokenizer.decode(prompt.tokens)!r}"
+    yield f"first token ids: {prompt.tokens[:16].tolist()}"
+    usable = [t for t in prompt.teachers if t.rejected is None]
+    yield f"teacher solutions of the first prompt: {len(prompt.teachers)}, usable {len(usable)}"

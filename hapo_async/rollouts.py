@@ -1,0 +1,90 @@
+"""``rollouts/``: a sampled record of groups, one JSON object per line, from prompt to advantage."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from hapo_async.inject import TrainGroup
+from hapo_async.types import GatedGroup, Group, Source
+
+
+class RolloutWriter:
+    """Appends trained groups to rollouts/step-N.jsonl; ``share`` of them, chosen by a seeded draw."""
+
+    def __init__(self, folder: Path, share: float, seed: int) -> None:
+        self.folder = folder
+        self.share = share
+        self._rng = random.Random(seed)
+
+    def wants(self) -> bool:
+        return self.share >= 1 or self._rng.random() < self.share
+
+    def write(self, step: int, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def describe(gated: GatedGroup, group: Group, train: TrainGroup, step: int) -> dict[str, Any]:
+    """One group as rollouts/ keeps it. ``staleness`` is the age of its oldest policy token when it was trained on."""
+    advantage = {row.index: row.advantage for row in train.rows if row.source is Source.POLICY}
+    teacher = next((row for row in train.rows if row.source is Source.TEACHER), None)
+    answers = [
+        {
+            "text": answer.text,
+            "tokens": answer.tokens.tolist(),
+            "logp_behave": [round(float(x), 7) for x in answer.logp_behave],
+            "spans": [[str(s.version), s.start, s.end] for s in answer.spans],
+            "finish_reason": answer.finish_reason,
+            "verdict": str(judgement.verdict),
+            "reward": judgement.reward,
+            "advantage": advantage.get(answer.index),
+            "injected": False,
+            "replaced": train_replaced(gated, train, answer.index),
+        }
+        for answer, judgement in zip(group.answers, gated.judgements, strict=True)
+    ]
+    if teacher is not None and train.teacher is not None:
+        answers.append(
+            {
+                "text": train.teacher.text,
+                "tokens": train.teacher.tokens.tolist(),
+                "finish_reason": "teacher",
+                "verdict": "correct",
+                "reward": teacher.reward,
+                "advantage": teacher.advantage,
+                "injected": True,
+            }
+        )
+    gate = gated.gate
+    return {
+        "step": step,
+        "key": list(gated.key),
+        "prompt": gated.prompt.text,
+        "prompt_tokens": group.prompt_tokens.tolist(),
+        "truth": gated.prompt.truth,
+        "temperature": group.temperature,
+        "staleness": step - gated.header.oldest.step if gated.header.oldest else 0,
+        "answers": answers,
+        "generator": group.generator,
+        "generator_pid": group.generator_pid,
+        "gate": {
+            "is_open": gate.is_open,
+            "successes": gate.successes,
+            "judged": gate.judged,
+            "confidence": gate.confidence,
+            "replaced": gate.replaced,
+            "teacher": gate.teacher,
+            "reason": gate.reason,
+        },
+    }
+
+
+def train_replaced(gated: GatedGroup, train: TrainGroup, index: int) -> bool:
+    """True for a sampled answer that does not train because a teacher took its place."""
+    return all(not (row.source is Source.POLICY and row.index == index) for row in train.rows)

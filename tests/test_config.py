@@ -1,0 +1,111 @@
+"""The configuration refuses what cannot run and says how to mend it."""
+
+import pytest
+
+from hapo_async import config
+from hapo_async.errors import ConfigError
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as info:
+        config.load(None, overrides)
+    return str(info.value)
+
+
+def test_overrides_reach_nested_keys_and_keep_their_types():
+    c = config.load(None, ["learner.lr=1e-4", "train.steps=7", "data.eval=[a.jsonl, b.json]", "gate.mode=never"])
+    assert (c.learner.lr, c.train.steps, c.data.eval, c.gate.mode) == (1e-4, 7, ["a.jsonl", "b.json"], "never")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml.*does not exist"):
+        config.load(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("gate.gama=1", "gate.gamma"), ("learner.learning_rate=1", "learner"), ("stepz=3", "train.steps"), ("lr=1", "learner.lr")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(override, nearest):
+    message = refused(override)
+    assert "unknown key" in message
+    if nearest != "learner":
+        assert nearest in message
+
+
+def test_a_gamma_that_never_closes_the_gate_is_refused_with_the_largest_one_that_does():
+    message = refused("gate.gamma=0.91", "sampling.n=8")
+    assert "never close" in message and "9/10" in message and "gate.mode=always" in message
+
+
+@pytest.mark.parametrize("gamma", ["0.9", "0", "0.8"])
+def test_gamma_up_to_the_largest_reachable_confidence_is_fine(gamma):
+    assert config.load(None, [f"gate.gamma={gamma}", "sampling.n=8"]).gate.gamma == float(gamma)
+
+
+def test_the_gate_rule_compares_rationals_not_floats():
+    # 0.9 as a double is above 9/10; a float comparison could refuse it.
+    config.load(None, ["gate.gamma=0.9", "sampling.n=8"])
+    assert "never close" in refused("gate.gamma=0.9000001", "sampling.n=8")
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused():
+    message = refused("train.batch_prompts=16", "learner.ranks=3")
+    assert "not divisible" in message and "learner.ranks=3" in message and "multiple of 3" in message
+
+
+def test_a_batch_that_does_not_split_into_updates_is_refused():
+    assert "mini_batches" in refused("train.batch_prompts=16", "learner.mini_batches=3")
+
+
+def test_wrong_types_and_ranges_name_the_key_and_the_value():
+    assert "learner.lr" in refused("learner.lr=-1")
+    assert "'fast'" in refused("generator.engine=fast")
+    assert "section" in refused("train=3")
+
+
+def test_yaml_that_is_not_a_mapping_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="key: value"):
+        config.load(path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        config.load(path)
+
+
+def test_pass_at_k_needs_k_answers():
+    assert "eval.k=4" in refused("eval.k=4")
+
+
+def test_the_resolved_config_loads_again_to_the_same_thing(tmp_path):
+    first = config.load(None, ["learner.betas=[0.8, 0.99]", "run.dir=x"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(first))
+    second = config.load(path)
+    assert second == first and second.digest() == first.digest()
+
+
+def test_the_run_folder_is_named_after_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 3\n")
+    assert config.load(path).run.dir == "runs/mine"
+    assert config.load(path, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+
+
+def test_the_surface_stays_small():
+    keys = config.known_keys()
+    assert len(keys) <= 80, f"{len(keys)} keys"
+    assert len(keys) == len(set(keys))
+
+
+def test_every_key_says_what_it_is():
+    def walk(model):
+        for name, info in model.model_fields.items():
+            sub = config._section_of(info.annotation)
+            if sub:
+                walk(sub)
+            else:
+                assert info.description, name
+
+    walk(config.Config)
