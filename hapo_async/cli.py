@@ -61,10 +61,8 @@ def train(
     from hapo_async.driver import setup
 
     prepared = setup.prepare(loaded)
-    for source, report in prepared.reports.items():
-        for line in report.lines():
-            out.print(f"[dim]{source}:[/] ", end="")
-            out.print(line, markup=False)
+    for report in prepared.reports.values():
+        out.print(report.text(), markup=False)
     if dry_run:
         from hapo_async import plan
 

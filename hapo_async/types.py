@@ -212,13 +212,18 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupHeader:
-    """What the driver sees of a group: enough to decide, small enough to copy."""
+    """What the driver sees of a group: enough to decide, small enough to copy.
+
+    answer_steps: the oldest ``Version.step`` of each answer, -1 where it holds no policy token. ``oldest`` and
+    ``newest`` are None only for a group without any policy token (demonstrations alone): it has no age.
+    """
 
     key: GroupKey
     lengths: tuple[int, ...]
     finish_reasons: tuple[str, ...]
-    oldest: Version
-    newest: Version
+    answer_steps: tuple[int, ...]
+    oldest: Version | None
+    newest: Version | None
     prompt_length: int
     generator: str
     seconds: float
@@ -232,6 +237,7 @@ class GroupHeader:
             key=group.key,
             lengths=tuple(a.length for a in group.answers),
             finish_reasons=tuple(a.finish_reason for a in group.answers),
+            answer_steps=tuple(min((s.version.step for s in a.spans), default=-1) for a in group.answers),
             oldest=min(versions),
             newest=max(versions),
             prompt_length=len(group.prompt_tokens),

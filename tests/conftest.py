@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Libraries keep caches, tokens and settings in the home folder: the tests give them one that goes away.
+_HOME = tempfile.mkdtemp(prefix="hapo-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ.update(HOME=_HOME, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
 import torch
@@ -16,14 +21,22 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory):
-    """A local Ray on 127.0.0.1 with four logical CPUs; yields the ray module."""
-    import ray
+    """A local Ray on 127.0.0.1 with eight logical CPUs; yields the ray module."""
+    from actors.placement import LocalRay  # first: it sets what Ray reads when it is imported
 
-    from actors.placement import LocalRay
+    import ray
 
     local = LocalRay(num_cpus=8)
     yield ray
     local.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a random Qwen2 that knows every byte."""
+    from tests.tiny import random_qwen2
+
+    return random_qwen2(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
 @pytest.fixture(scope="session")

@@ -31,12 +31,9 @@ class Judges:
         actors = {}
         for index in range(config.verifier.count):
             name = f"verifier-{index}"
-            # num_cpus=0: the judging happens in worker processes, and a small cluster must not deadlock on it.
-            options = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": 0}
-            actors[name] = (
-                ray.remote(VerifierActor)
-                .options(**options)
-                .remote(config.verifier.name, config.verifier.workers, config.verifier.timeout_s)
+            options = {"max_concurrency": 1000, "max_restarts": 0}
+            actors[name] = VerifierActor.options(**options).remote(
+                config.verifier.name, config.verifier.workers, config.verifier.timeout_s
             )
         refs = {name: actor.ready.remote() for name, actor in actors.items()}
         await asyncio.to_thread(placement.wait_ready, refs)
@@ -57,7 +54,7 @@ class Judges:
             name = min(self._actors, key=lambda n: self._outstanding[n])
             self._outstanding[name] += answers
             try:
-                ref = self._actors[name].judge.remote(payload, prompt.text, prompt.truth, prompt.verifier)
+                ref = self._actors[name].judge.remote(payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra))
                 return await answer(ref, deadline_s, name)
             except CallFailed as error:
                 if not error.gone:

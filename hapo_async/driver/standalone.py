@@ -25,7 +25,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     for source in config.data.eval:
         prompts, report = data.load_prompts(config, source, tokenizer, "eval")
         if not prompts:
-            raise DataError(f"evaluation set {source!r} holds no usable prompt: {'; '.join(report.lines())}")
+            raise DataError(f"evaluation set {source!r} holds no usable prompt: {report.text()}")
         sets[evaluate.set_name(source)] = prompts[: config.eval.limit or None]
     cluster = placement.join(config.generator.count)
     try:

@@ -1,0 +1,249 @@
+"""The learner on Ray: one actor per rank, and the driver's handle to all of them.
+
+    driver                      rank 0 .. R-1 (max_restarts=0: one dies, the whole group is restarted)
+    LearnerGroup.step(plans) -> resolve payloads, train in lockstep   -> reports, merged into metrics
+    LearnerGroup.publish     -> all walk the weights, rank 0 ray.puts -> (manifest, one reference per bucket)
+    LearnerGroup.save / load -> all take part                         -> files
+
+Every call has a deadline and every failure is a RunError that names the rank. A rank that dies or freezes leaves the
+others waiting in a collective, so whoever complains first is rarely the culprit: the ranks are asked who still answers,
+and then all of them are ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors import placement, weights, zero
+from actors.calls import CallFailed, answer
+from actors.reference import FrozenReference
+from actors.zero import check_overrides
+from hapo_async import algorithms, inject
+from hapo_async.batch import StepPlan
+from hapo_async.config import Config
+from hapo_async.errors import RunError
+from hapo_async.learn import Learner, RankReport, merge
+from hapo_async.types import Group, Version
+from hapo_async.weights import Manifest
+
+__all__ = ["LearnerGroup", "LearnerRank", "check_overrides"]
+
+log = logging.getLogger(__name__)
+
+PING_S = 5.0  # how long a rank has to say that it is alive, once something went wrong
+GRACE_S = 2.0  # how long the other ranks' own errors are waited for
+
+
+class LearnerRank:
+    """One rank. All methods but ``ping`` run in one thread, in the order of the calls."""
+
+    def __init__(self, rank: int, world_size: int, config: Config, model_path: str, device: str) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self.rank, self.world_size = rank, world_size
+        self.config, self.model_path, self.device = config, model_path, device
+        self._listener: socket.socket | None = None
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> int:
+        """This process's id; answered while the rank computes."""
+        return os.getpid()
+
+    def listen(self) -> tuple[str, int]:
+        """Opens the rendezvous on this rank's own node, on no other interface."""
+        ip = ray.util.get_node_ip_address()
+        self._listener, port = zero.listen(ip)
+        return ip, port
+
+    def start(self, ip: str, port: int) -> int:
+        """Joins the process group and loads the model. Returns this process's id."""
+        c = self.config
+        torch.manual_seed(c.seed + self.rank)
+        timeout_s = c.learner.deadline_s
+        zero.join(zero.Seat(self.rank, self.world_size, ip, port, self.device, timeout_s), self._listener)
+        dtype = model_dtype(c, self.device)
+        reference = self._reference(dtype)
+        self.backend = zero.ZeroBackend(self.model_path, c, dtype=dtype, device=self.device)
+        self.learner = Learner(self.backend, c, reference)
+        return os.getpid()
+
+    def _reference(self, dtype: torch.dtype) -> FrozenReference | None:
+        if not algorithms.get(self.config.algorithm).needs & {"topk", "ref_logp"}:
+            return None
+        partitioned = self.config.learner.zero_stage == 3 and self.world_size > 1
+        tree = zero.engine_config(self.config, dtype, self.device) if partitioned else None
+        return FrozenReference(self.model_path, self.config, dtype=dtype, device=self.device, engine_config=tree)
+
+    def step(self, plan: StepPlan) -> RankReport:
+        """Fetches the payloads of the plan and trains on it."""
+        groups = [group for mini in plan.minis for group in mini]
+        refs = [g.payload for g in groups if g.payload is not None]
+        payloads: dict[Any, Group] = dict(zip(refs, ray.get(refs, timeout=self.config.learner.deadline_s), strict=True))
+        minis = [
+            [
+                sequence
+                for index, train in enumerate(mini)
+                for sequence in inject.materialise(train, payloads.get(train.payload), index=index)
+            ]
+            for mini in plan.minis
+        ]
+        return self.learner.step(plan, minis)
+
+    def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]] | None:
+        """Walks the weights; rank 0 puts them into the object store."""
+        return weights.publish(self.backend, version, self.config.weights.bucket_bytes)
+
+    def save(self, folder: str) -> None:
+        """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume)."""
+        root = Path(folder)
+        zero.save_model(self.backend, root / "model", self.model_path, self.config.weights.bucket_bytes)
+        zero.save_state(self.backend, root / "state", self.learner.state())
+
+    def load(self, folder: str) -> None:
+        """Restores what ``save`` wrote."""
+        self.learner.load_state(zero.load_state(self.backend, Path(folder) / "state"))
+
+    def close(self) -> None:
+        zero.leave()
+
+
+def model_dtype(config: Config, device: str) -> torch.dtype:
+    name = config.learner.dtype
+    return getattr(torch, ("bfloat16" if device == "cuda" else "float32") if name == "auto" else name)
+
+
+class LearnerGroup:
+    """The driver's handle. Any failure breaks it: its ranks are ended, and from then on every call raises RunError."""
+
+    def __init__(self, config: Config, ranks: Sequence[Any], slot: placement.Slot | None) -> None:
+        self.config = config
+        self.ranks = list(ranks)
+        self.slot = slot
+        self._broken: str | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        config: Config,
+        model_path: str,
+        cluster: placement.Cluster,
+        slot: placement.Slot,
+        rank_class: type[LearnerRank] = LearnerRank,
+    ) -> LearnerGroup:
+        """Starts ``learner.ranks`` actors in the bundles of ``slot`` and loads the model on all. Raises RunError."""
+        count = config.learner.ranks
+        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1}}
+        actor: Any = ray.remote(**settings)(rank_class)
+        device = "cuda" if slot.gpus else "cpu"
+        ranks = [
+            actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
+                i, count, config, model_path, device
+            )
+            for i in range(count)
+        ]
+        group = cls(config, ranks, slot)
+        deadline_s = config.learner.deadline_s
+        began = time.monotonic()
+        ip, port = (await group._call("listen", [()], deadline_s, ranks=ranks[:1]))[0]
+        pids = await group._call("start", [(ip, port)] * count, deadline_s)
+        log.info("learner: %d ranks ready in %.1f s (pids %s)", count, time.monotonic() - began, pids)
+        return group
+
+    async def step(self, plans: Sequence[StepPlan]) -> dict[str, float]:
+        """One learner step on one plan per rank; its metrics. ``skipped`` is 1 when no update was applied, else 0."""
+        reports = await self._call("step", [(plan,) for plan in plans], self.config.learner.deadline_s)
+        metrics = merge(reports)
+        metrics["skipped"] = float(metrics["train/updates"] == 0)
+        metrics["train/prompts"] = float(sum(len(mini) for plan in plans for mini in plan.minis))
+        return metrics
+
+    async def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]]:
+        """The current weights as ``version``: manifest, and a reference per bucket (owned by rank 0)."""
+        answers = await self._call("publish", [(version,)] * len(self.ranks), self.config.learner.deadline_s)
+        assert answers[0] is not None
+        return answers[0]
+
+    async def save(self, folder: Path | str) -> None:
+        """Model and resumable state into ``folder`` (which all ranks must see under this path)."""
+        await self._call("save", [(str(folder),)] * len(self.ranks), self.config.learner.deadline_s)
+
+    async def load(self, folder: Path | str) -> None:
+        """Resumes from ``folder``. Raises RunError when it was written by another number of ranks."""
+        await self._call("load", [(str(folder),)] * len(self.ranks), self.config.learner.deadline_s)
+
+    async def close(self) -> None:
+        """Ends all ranks and frees their places."""
+        if self._broken is None:
+            calls = [self._answer(i, rank.close.remote(), PING_S) for i, rank in enumerate(self.ranks)]
+            await asyncio.gather(*calls, return_exceptions=True)
+            self._end("the learner was closed")
+        if self.slot is not None:
+            self.slot.release()
+            self.slot = None
+
+    # ---------------------------------------------------------------- calls
+
+    async def _call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], deadline_s: float, ranks: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """The answers of all ranks. On the first failure: finds the culprit, ends all ranks, raises RunError."""
+        if self._broken is not None:
+            raise RunError(f"learner.{method}: {self._broken}")
+        targets = self.ranks if ranks is None else ranks
+        tasks = [
+            asyncio.ensure_future(self._answer(i, getattr(rank, method).remote(*args), deadline_s))
+            for i, (rank, args) in enumerate(zip(targets, arguments, strict=True))
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except CallFailed:
+            why = await self._diagnose(method, tasks)
+            self._end(why)
+            raise RunError(why) from None
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, index: int, ref: ray.ObjectRef, deadline_s: float) -> Any:
+        return await answer(ref, deadline_s, f"learner rank {index}")
+
+    async def _diagnose(self, method: str, tasks: Sequence[asyncio.Future[Any]]) -> str:
+        """Who failed: ranks that are dead or silent, else the first error that is not a mere broken collective."""
+        await asyncio.wait(tasks, timeout=GRACE_S)
+        pings = [self._answer(i, rank.ping.remote(), PING_S) for i, rank in enumerate(self.ranks)]
+        silent = [p for p in await asyncio.gather(*pings, return_exceptions=True) if isinstance(p, CallFailed)]
+        if silent:
+            return f"learner.{method} failed: " + "; ".join(_state(p) for p in silent)
+        errors = [t.exception() for t in tasks if t.done() and not t.cancelled() and t.exception() is not None]
+        errors.sort(key=_is_collective)
+        return f"learner.{method} failed: {errors[0]}"
+
+    def _end(self, why: str) -> None:
+        """Ends all ranks: those that are well may hang in a collective with one that is not."""
+        self._broken = why
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+
+
+def _state(failure: CallFailed) -> str:
+    text = str(failure)
+    return text.replace(f"no answer within {PING_S:.0f} s", "does not answer (frozen?)")
+
+
+def _is_collective(error: BaseException | None) -> bool:
+    """An error that says no more than that another rank did not take part."""
+    text = str(error)
+    signs = ("DistBackendError", "gloo", "NCCL", "Connection closed by peer", "Timed out waiting")
+    return any(sign in text for sign in signs)

@@ -1,0 +1,95 @@
+"""How weights leave the learner: one walk over all parameters in buckets, taken by every rank, and a sink on rank 0.
+
+Under ZeRO-3 each stretch of the walk is a collective. A rank that left it early would leave the others waiting in an
+all-gather for ever, so a failing sink is remembered and the walk goes on to its end; only then is the failure raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import ray
+import torch
+
+from hapo_async.types import Version
+from hapo_async.weights import Bucket, Manifest, pack
+
+
+class Gatherer(Protocol):
+    """The side of a training backend that the walk needs; see ``actors.zero.ZeroBackend``."""
+
+    rank: int
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]: ...
+
+
+Sink = Callable[[Bucket, np.ndarray], None]
+
+
+def publish(gatherer: Gatherer, version: Version, bucket_bytes: int) -> tuple[Manifest, list[ray.ObjectRef]] | None:
+    """Puts all weights into the Ray object store, a reference per bucket; None on ranks other than 0. A collective."""
+    refs: list[ray.ObjectRef] = []
+    buckets = stream(gatherer, bucket_bytes, lambda _, data: refs.append(ray.put(data)))
+    return None if buckets is None else (Manifest(version, tuple(buckets)), refs)
+
+
+def stream(gatherer: Gatherer, bucket_bytes: int, sink: Sink) -> list[Bucket] | None:
+    """Walks all weights; on rank 0 hands every bucket to ``sink`` and returns what the buckets hold, elsewhere None.
+
+    Raises what the sink raised, after the walk's end.
+    """
+    tensors = walk(gatherer, bucket_bytes)
+    if gatherer.rank != 0:
+        _drain(tensors)
+        return None
+    buckets = []
+    try:
+        for bucket, data in pack(tensors, bucket_bytes):
+            sink(bucket, data)
+            buckets.append(bucket)
+    finally:
+        _drain(tensors)
+    return buckets
+
+
+def walk(gatherer: Gatherer, stretch_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, whole tensor) of every parameter, tied ones once, gathered a stretch at a time. A collective.
+
+    A tensor may be freed once the walk has passed on: copy what must last (``weights.pack`` does).
+    """
+    for part in stretches(gatherer.named_parameters(), stretch_bytes):
+        with gatherer.gathered([parameter for _, parameter in part]):
+            for name, parameter in part:
+                yield name, parameter.detach()
+
+
+def stretches(
+    named: Iterable[tuple[str, torch.nn.Parameter]], stretch_bytes: int
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """Parameters in runs of about ``stretch_bytes``; the same cuts on every rank, partitioned or not."""
+    part: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        nbytes = whole_numel(parameter) * parameter.element_size()
+        if part and size + nbytes > stretch_bytes:
+            yield part
+            part, size = [], 0
+        part.append((name, parameter))
+        size += nbytes
+    if part:
+        yield part
+
+
+def whole_numel(parameter: torch.nn.Parameter) -> int:
+    """Elements of the whole parameter: under ZeRO-3 a rank's own share is smaller."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _drain(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    for _ in tensors:
+        pass

@@ -1,0 +1,326 @@
+"""DeepSpeed ZeRO under the learner: the process group, the configuration, the model, and the training backend.
+
+Everything that names DeepSpeed lives here; ``hapo_async.learn`` only sees a ``Backend``. Every function is called by
+all ranks in the same order: ZeRO-3 gathers parameters inside forward and backward passes, so a rank that computes less
+than the others would leave them waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors import weights
+from hapo_async.batch import MicroBatch
+from hapo_async.config import Config
+from hapo_async.errors import ConfigError, RunError
+from hapo_async.head import HeadOut
+from hapo_async.learn import PolicyModel, Update, adamw, load_policy
+
+log = logging.getLogger(__name__)
+
+# The top-level sections of DeepSpeed 0.19's configuration that a user may set; what `learner:` decides is not among them.
+_PASSED_ON = frozenset(
+    "activation_checkpointing aio amp autotuning checkpoint comms_logger communication_data_type compile "
+    "compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state "
+    "elasticity flops_profiler gradient_predivide_factor load_universal_checkpoint memory_breakdown monitor_config "
+    "prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard "
+    "timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+    "zero_optimization".split()  # noqa: SIM905
+)
+_OWNED = {
+    "train_batch_size": "train.batch_prompts",
+    "train_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "gradient_accumulation_steps": "learner.micro_batch_tokens",
+    "gradient_clipping": "learner.grad_clip",
+    "bf16": "learner.dtype",
+    "bfloat16": "learner.dtype",
+    "fp16": "learner.dtype",
+    "optimizer": "learner.lr, learner.betas, learner.eps and learner.weight_decay",
+    "scheduler": "learner.lr_schedule",
+}
+
+
+def check_overrides(section: dict[str, Any]) -> None:
+    """Checks the ``deepspeed:`` section before anything starts. Raises ConfigError with value, rule and fix.
+
+    DeepSpeed is only imported (slow) when there is a ``zero_optimization`` part to check against its own arguments.
+    """
+    for key in section:
+        if key in _OWNED:
+            raise ConfigError(f"deepspeed.{key} is decided by {_OWNED[key]}; set that instead.")
+        _refuse_unknown(key, _PASSED_ON, "deepspeed.")
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"deepspeed.zero_optimization={zero!r} must be a section of key: value pairs.")
+    if "stage" in zero:
+        raise ConfigError("deepspeed.zero_optimization.stage is decided by learner.zero_stage; set that instead.")
+    if zero:
+        _check_zero(zero)
+
+
+def _refuse_unknown(key: str, known: Collection[str], prefix: str) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        raise ConfigError(f"unknown key {prefix + key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def _check_zero(zero: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key in zero:
+        _refuse_unknown(key, known, "deepspeed.zero_optimization.")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        raise ConfigError(f"deepspeed.zero_optimization: {error}") from None
+
+
+def engine_config(config: Config, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. Accumulation and normalisation are ours: DeepSpeed sees one micro-batch at a time."""
+    section = dict(config.deepspeed)
+    zero = {
+        "stage": config.learner.zero_stage,
+        "overlap_comm": device == "cuda",
+        "contiguous_gradients": True,
+        # Gathering many small parameters costs latency only: those below this size stay whole on every rank.
+        "stage3_param_persistence_threshold": 100_000,
+        **section.pop("zero_optimization", {}),
+    }
+    own = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.learner.grad_clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 40,
+    }
+    if dtype == torch.bfloat16:
+        own["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {**own, **section}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The process group
+
+
+def listen(ip: str) -> tuple[socket.socket, int]:
+    """A socket for the rendezvous store, bound to ``ip`` only (torch by itself would bind every interface)."""
+    listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    return listener, listener.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: its number, the world's size, and where the ranks meet (rank 0 listens there)."""
+
+    rank: int
+    world_size: int
+    ip: str
+    port: int
+    device: str
+    timeout_s: float
+
+
+def join(seat: Seat, listener: socket.socket | None = None) -> None:
+    """Joins the process group: gloo on CPU, NCCL on GPU. A collective that takes longer than the timeout raises."""
+    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world_size), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=seat.ip, MASTER_PORT=str(seat.port))
+    if seat.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if seat.ip.startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import deepspeed
+    import torch.distributed as dist
+
+    # DeepSpeed would compile a shared-memory operator for CPU ranks (most of a minute); gloo does without. The module
+    # is looked up by its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=seat.timeout_s)
+    store: dist.Store
+    if seat.world_size == 1:
+        store = dist.HashStore()
+    else:
+        store = dist.TCPStore(
+            seat.ip,
+            seat.port,
+            seat.world_size,
+            is_master=listener is not None,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener is not None else None,
+        )
+    backend = "nccl" if seat.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The backend
+
+
+class ZeroBackend:
+    """Trains a PolicyModel under DeepSpeed; see ``hapo_async.learn.Backend`` for what each method promises."""
+
+    def __init__(self, model_path: str, config: Config, *, dtype: torch.dtype, device: str) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        tree = engine_config(config, dtype, device)
+        # While this object lives, from_pretrained loads each weight straight into its ZeRO-3 partition.
+        self._hf = HfDeepSpeedConfig(tree) if config.learner.zero_stage == 3 else None
+        policy = load_policy(model_path, config, dtype=dtype, device=None if self._hf else device)
+        optimizer = _optimizer(policy, config, tree, device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=tree, dist_init_required=False
+        )
+        self.torch_optimizer = optimizer
+        self.policy = policy
+        self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+        self.stage = config.learner.zero_stage
+        self.world_size: int = torch.distributed.get_world_size()
+        self.rank: int = torch.distributed.get_rank()
+
+    def forward(self, micro: MicroBatch, **wanted: Any) -> HeadOut:
+        return self.engine(micro, **wanted)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; our losses are already divided by the global count and want a sum.
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def update(self) -> Update:
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return Update(grad_norm=norm, applied=not self.optimizer.overflow)
+
+    def agree_max(self, values: list[int]) -> list[int]:
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Hugging Face names, tied weights once."""
+        return self.policy.model.named_parameters()
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        """Whole parameters inside the context, on every rank; a collective under ZeRO-3."""
+        import deepspeed
+
+        if self.stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own state (each rank its shard) in ``folder``; a collective."""
+        self.engine.save_checkpoint(str(folder), tag="zero")
+
+    def load(self, folder: Path) -> None:
+        """Restores what ``save`` wrote; a collective."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+def _optimizer(policy: PolicyModel, config: Config, tree: dict[str, Any], device: str) -> torch.optim.Optimizer:
+    offload = tree["zero_optimization"].get("offload_optimizer") or {}
+    if device == "cuda" and isinstance(offload, dict) and offload.get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised; compiled on first use
+
+        c = config.learner
+        return DeepSpeedCPUAdam(policy.parameters(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay)
+    return adamw(policy.parameters(), config, fused=device == "cuda")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files. All functions are collectives.
+
+
+def save_model(backend: ZeroBackend, folder: Path, source: str, stretch_bytes: int) -> None:
+    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. Rank 0 holds one whole copy meanwhile."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.walk(backend, stretch_bytes):
+        if backend.rank == 0:
+            state[name] = tensor.cpu().clone()
+    failure: Exception | None = None
+    if backend.rank == 0:
+        try:
+            _write_model(backend.policy.model, state, folder, source)
+        except Exception as error:  # the others wait at the barrier: raise only behind it
+            failure = error
+    _barrier(backend)
+    if failure is not None:
+        raise failure
+
+
+def _write_model(model: Any, state: dict[str, torch.Tensor], folder: Path, source: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=state)
+    if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+
+
+def save_state(backend: ZeroBackend, folder: Path, rank_state: dict[str, Any]) -> None:
+    """DeepSpeed's state and, beside it, each rank's own (random states, schedule)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if backend.rank == 0:
+        meta = {"ranks": backend.world_size, "zero_stage": backend.stage, "deepspeed": _deepspeed_version()}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    torch.save(rank_state, folder / f"rank{backend.rank}.pt")
+    backend.save(folder)
+    _barrier(backend)
+
+
+def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
+    """Restores weights and optimizer; returns this rank's own state. RunError for another rank count or stage."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    here = {"ranks": backend.world_size, "zero_stage": backend.stage}
+    for key, config_key in (("ranks", "learner.ranks"), ("zero_stage", "learner.zero_stage")):
+        if meta[key] != here[key]:
+            raise RunError(
+                f"the checkpoint {folder.parent} was written with {config_key}={meta[key]}, this run has {here[key]}; "
+                f"DeepSpeed's state is cut to that shape. Resume with {config_key}={meta[key]}, or start a new run "
+                f"with model={folder.parent / 'model'}."
+            )
+    backend.load(folder)
+    return torch.load(folder / f"rank{backend.rank}.pt", weights_only=True)
+
+
+def _barrier(backend: ZeroBackend) -> None:
+    backend.agree_max([0])
+
+
+def _deepspeed_version() -> str:
+    import deepspeed
+
+    return str(deepspeed.__version__)

@@ -1,0 +1,236 @@
+"""What a generator runs: the Engine protocol, and the transformers engine, a decode thread behind an async surface.
+
+A group is enqueued by ``submit``, kept when complete, and handed out once by ``collect``. Weights are swapped between
+two tokens; no request is ever dropped by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from hapo_async.errors import RunError
+from hapo_async.sampler import Sampled, Sampler
+from hapo_async.slot_cache import ATTENTION
+from hapo_async.types import GroupKey, GroupRequest, Version
+from hapo_async.weights import Manifest, TransferError
+
+T = TypeVar("T")
+
+
+class EngineError(RunError):
+    """A request that the engine does not know or cannot serve, or an engine that died."""
+
+
+class Engine(Protocol):
+    """What both engines do. All coroutines belong to one event loop, which they never block."""
+
+    version: Version
+
+    async def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Enqueues groups, all or none, before any of them takes its first step. Raises EngineError."""
+
+    async def collect(self, key: GroupKey) -> Sampled:
+        """Waits for a group and hands it out, once. Raises EngineError when the key is unknown, aborted or lost."""
+
+    async def install(self, manifest: Manifest, staged: Sequence[tuple[str, torch.Tensor]]) -> float:
+        """Pauses, swaps the weights, resumes; returns the seconds of the pause. On an error the old version serves on."""
+
+    async def truncate(self, keys: Sequence[GroupKey]) -> None:
+        """Ends running answers now, with finish_reason "length" and at least one token each. Unknown keys are ignored."""
+
+    async def abort(self, keys: Sequence[GroupKey]) -> None:
+        """Forgets groups; whoever collects them gets an EngineError. Unknown keys are ignored."""
+
+    def stats(self) -> dict[str, Any]:
+        """running_groups, running_sequences, waiting_sequences, tokens (sampled since the start), version."""
+
+    async def close(self) -> None:
+        """Stops the engine and everything it started."""
+
+
+class Mailbox:
+    """Results by group key: opened at submit, filled by the engine, taken once by collect. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._slots: dict[GroupKey, asyncio.Future[Sampled]] = {}
+
+    def open(self, keys: Sequence[GroupKey]) -> None:
+        """Raises EngineError, with nothing opened, when a key is in use."""
+        taken = [k for k in keys if k in self._slots]
+        if taken or len(set(keys)) < len(keys):
+            raise EngineError(f"groups {', '.join(map(str, taken or keys))} were submitted twice; use a new attempt number")
+        loop = asyncio.get_running_loop()
+        for key in keys:
+            slot = loop.create_future()
+            # Marks the exception as seen: a group that is aborted before anybody asks for it is no event-loop error.
+            slot.add_done_callback(lambda f: f.cancelled() or f.exception())
+            self._slots[key] = slot
+
+    async def take(self, key: GroupKey) -> Sampled:
+        if key not in self._slots:
+            raise EngineError(f"group {key} is not here: never submitted, already collected, or aborted")
+        # Shielded: a collector that gives up does not destroy the result.
+        result = await asyncio.shield(self._slots[key])
+        self._slots.pop(key, None)
+        return result
+
+    def fill(self, result: Sampled) -> None:
+        slot = self._slots.get(result.request.key)
+        if slot and not slot.done():
+            slot.set_result(result)
+
+    def close(self, keys: Sequence[GroupKey], error: Exception) -> None:
+        """Forgets these groups; waiting collectors get ``error``."""
+        for key in keys:
+            slot = self._slots.pop(key, None)
+            if slot and not slot.done():
+                slot.set_exception(error)
+
+    def close_all(self, error: Exception) -> None:
+        self.close(list(self._slots), error)
+
+
+def check_manifest(manifest: Manifest, installed: Version) -> None:
+    """Raises TransferError for what an engine cannot apply: another kind than full, or an older version."""
+    if manifest.kind != "full":
+        raise TransferError(f"version {manifest.version} is a {manifest.kind}; engines install full versions")
+    if manifest.version < installed:
+        raise TransferError(f"version {manifest.version} is older than the installed {installed}; versions never go back")
+
+
+def stop_ids(tokenizer: Any, model_config: Any, generation_config: Any = None) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end-of-text and those that the model's own configurations name."""
+    found: set[int] = set()
+    for holder in (tokenizer, model_config, generation_config):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    if not found:
+        raise EngineError("the model names no end-of-text token (eos_token_id); answers could never end by themselves")
+    return tuple(sorted(found))
+
+
+def load_model(path: str, device: str, dtype: str) -> Any:
+    """A causal LM for the sampler. dtype: auto means bfloat16 on cuda, else float32."""
+    from transformers import AutoModelForCausalLM
+
+    name = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, name), attn_implementation=ATTENTION, trust_remote_code=False
+    )
+    return model.to(device)
+
+
+class TransformersEngine:
+    """A Sampler in a thread of its own. Commands are carried out between two decode steps, in the order they came."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.version = sampler.version
+        self._sampler = sampler
+        self._mailbox = Mailbox()
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._failure: EngineError | None = None
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    async def submit(self, requests: Sequence[GroupRequest]) -> None:
+        keys = [r.key for r in requests]
+        self._mailbox.open(keys)
+        try:
+            await self._between_steps(lambda: self._sampler.add(requests))
+        except ValueError as error:
+            refused = EngineError(str(error))
+            self._mailbox.close(keys, refused)
+            raise refused from error
+
+    async def collect(self, key: GroupKey) -> Sampled:
+        return await self._mailbox.take(key)
+
+    async def install(self, manifest: Manifest, staged: Sequence[tuple[str, torch.Tensor]]) -> float:
+        check_manifest(manifest, self.version)
+
+        def swap() -> float:
+            start = time.perf_counter()
+            try:
+                self._sampler.install(manifest.version, staged)
+            except ValueError as error:
+                raise TransferError(f"version {manifest.version}: {error}") from error
+            self.version = manifest.version
+            return time.perf_counter() - start
+
+        return await self._between_steps(swap)
+
+    async def truncate(self, keys: Sequence[GroupKey]) -> None:
+        await self._between_steps(lambda: self._sampler.truncate(keys))
+
+    async def abort(self, keys: Sequence[GroupKey]) -> None:
+        await self._between_steps(lambda: self._sampler.abort(keys))
+        self._mailbox.close(keys, EngineError(f"groups {', '.join(map(str, keys))} were aborted"))
+
+    def stats(self) -> dict[str, Any]:
+        s = self._sampler
+        return {
+            "running_groups": s.groups,
+            "running_sequences": s.running,
+            "waiting_sequences": s.waiting,
+            "tokens": s.tokens,
+            "version": str(self.version),
+        }
+
+    async def close(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._mailbox.close_all(EngineError("the engine was closed"))
+
+    async def _between_steps(self, command: Callable[[], T]) -> T:
+        """Runs ``command`` in the decode thread. Raises what it raises, or EngineError when the thread died."""
+        if self._failure:
+            raise self._failure
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def carry_out() -> None:
+            try:
+                done.set_result(command())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._commands.put(carry_out)
+        return await asyncio.wrap_future(done)
+
+    def _run(self) -> None:
+        torch.set_num_threads(1 if self._sampler.device.type == "cpu" else torch.get_num_threads())
+        try:
+            while self._obey():
+                for result in self._sampler.step():
+                    self._loop.call_soon_threadsafe(self._mailbox.fill, result)
+        except Exception as error:
+            failure = EngineError(f"the decode thread died: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._loop.call_soon_threadsafe(self._die, failure)
+
+    def _obey(self) -> bool:
+        """Carries out what is queued, waiting while there is nothing to decode. False: close."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._sampler.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _die(self, failure: EngineError) -> None:
+        self._failure = failure
+        self._mailbox.close_all(failure)
+        while not self._commands.empty():  # their callers wait for an answer
+            command = self._commands.get_nowait()
+            if command:
+                command()

@@ -1,0 +1,380 @@
+"""Numbers of a run: each is declared once, written once a step, read back by the live view and the report.
+
+``REGISTRY`` is the whole vocabulary. Names with a ``{placeholder}`` are families, as in ``eval/{set}/pass@1``: ``{k}``
+and ``{n}`` stand for a number, any other placeholder for anything without a slash. ``Writer`` refuses what is not
+declared. ``bottleneck`` turns the waiting times of one step into a sentence that says what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+DISCARDED_FOLDER = "discarded"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A declared number. ``unit`` is "" for counts and pure numbers; shares have the unit "share" and lie in [0, 1]."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    @property
+    def is_family(self) -> bool:
+        return "{" in self.name
+
+
+_DECLARED: tuple[tuple[str, str, str], ...] = (
+    # What the policy earns
+    ("reward/mean", "", "Mean reward of the step's sampled answers, before injection; unjudged answers are left out."),
+    ("reward/std", "", "Standard deviation of the rewards within a group, mean over groups."),
+    ("reward/component/{name}", "", "Mean of one named component of the reward."),
+    ("groups/zero_variance_frac", "share", "Groups whose sampled answers all earned the same: no advantage."),
+    ("groups/solved_frac", "share", "Groups with at least one correct sampled answer."),
+    ("groups/all_correct_frac", "share", "Groups whose sampled answers were all correct."),
+    ("response/length_mean", "tokens", "Mean length of the sampled answers."),
+    ("response/length_max", "tokens", "Longest sampled answer."),
+    ("response/truncated_frac", "share", "Sampled answers that ran out of tokens instead of ending by themselves."),
+    ("response/multi_version_frac", "share", "Sampled answers whose tokens come from two or more weight versions."),
+    # Held-out evaluation
+    ("eval/{set}/pass@1", "share", "Held-out accuracy: mean over prompts of the share of correct answers."),
+    ("eval/{set}/pass@1/se", "share", "Standard error of pass@1: over samples (n > 1), binomial (n = 1)."),
+    ("eval/{set}/pass@{k}", "share", "Chance that one of k answers is correct, unbiased: 1 - C(n-c,k)/C(n,k)."),
+    ("eval/{set}/pass@{k}/se", "share", "Standard error of pass@k over prompts."),
+    ("eval/{set}/avg@{n}", "share", "Mean accuracy over n answers per prompt."),
+    ("eval/{set}/avg@{n}/se", "share", "Standard error of avg@n: std of the n accuracies over sqrt(n)."),
+    ("eval/{set}/prompts", "prompts", "Prompts evaluated."),
+    ("eval/{set}/unjudged", "answers", "Answers that the verifier could not judge; left out of the accuracies."),
+    ("eval/{set}/length_mean", "tokens", "Mean length of the evaluated answers."),
+    ("eval/{set}/truncated_frac", "share", "Evaluated answers that ran out of tokens."),
+    ("eval/{set}/version", "step", "Weight version that answered."),
+    # The gate and the teacher
+    ("gate/open_frac", "share", "Groups whose confidence was below the gate's threshold."),
+    ("gate/injected", "groups", "Teacher solutions injected in this step."),
+    ("gate/injected_frac", "share", "Injected teacher solutions over groups of the step."),
+    ("gate/confidence", "share", "Mean posterior confidence (1+S)/(2+N) of the step's groups."),
+    ("gate/no_teacher", "groups", "Groups with an open gate and no teacher solution that may be injected."),
+    ("gate/blocked", "groups", "Groups with an open gate where injection would have replaced a correct answer."),
+    ("gate/degenerate", "groups", "Injected groups in which all rewards are then equal: only the teacher term trains."),
+    # Staleness
+    ("staleness/mean", "steps", "Age of the trained policy tokens in learner steps, mean over tokens."),
+    ("staleness/max", "steps", "Age of the oldest trained policy token; never above max_staleness."),
+    ("staleness/dropped", "groups", "Groups thrown away in this step because they had grown too old."),
+    ("staleness/late", "groups", "Groups that the learner waited for because they were about to grow too old."),
+    ("staleness/truncated", "groups", "Late groups whose running answers were cut short in this step."),
+    # Throughput
+    ("throughput/generate_tokens_per_s", "tokens/s", "Sampled tokens per second, all generators."),
+    ("throughput/generate_tokens_per_s/{generator}", "tokens/s", "Sampled tokens per second of one generator."),
+    ("throughput/generate_tokens_per_gpu_s", "tokens/s", "Sampled tokens per second and generator GPU."),
+    ("throughput/learn_tokens_per_s", "tokens/s", "Trained tokens per second of learning, prompts included."),
+    ("throughput/learn_tokens_per_gpu_s", "tokens/s", "Trained tokens per second of learning and learner GPU."),
+    ("throughput/groups_per_s", "groups/s", "Groups trained per second of wall time."),
+    # Time of one step
+    ("time/step_s", "s", "Wall time of the step, from publish to publish."),
+    ("time/learn_s", "s", "Forward, backward and optimizer."),
+    ("time/wait_for_batch_s", "s", "The learner stood still because no batch was ready."),
+    ("time/wait_for_stale_s", "s", "The learner stood still for running groups that would otherwise grow too old."),
+    ("time/wait_for_weights_s", "s", "Generators had room but had to wait for newer weights; mean over generators."),
+    ("time/sync_s", "s", "The learner gathered and handed out new weights."),
+    ("time/eval_s", "s", "Training stood still for an evaluation."),
+    ("time/checkpoint_s", "s", "Training stood still for a checkpoint."),
+    ("time/generate_s", "s", "From issuing a group to its last answer; mean over the step's groups."),
+    ("time/verify_s", "s", "From a group's last answer to its verdicts, queueing included; mean over groups."),
+    # Buffer and weights
+    ("buffer/fill", "share", "Filled share of the buffer when the step began."),
+    ("buffer/groups", "groups", "Groups in the buffer when the step began."),
+    ("buffer/blocked_s", "s", "Finished groups waited for room in the buffer."),
+    ("weights/version", "step", "Version published at the end of the step."),
+    ("weights/version/{generator}", "step", "Version that a generator serves."),
+    ("weights/lag", "steps", "Published version minus the served one; worst generator."),
+    ("weights/lag/{generator}", "steps", "Published version minus the one that a generator serves."),
+    ("weights/bytes", "bytes", "Size of one update."),
+    ("weights/bytes_per_s", "bytes/s", "Size of one update over the time from publish to the last commit."),
+    ("weights/fetch_s", "s", "A generator fetched and checked an update while it went on sampling; slowest generator."),
+    ("weights/pause_s", "s", "Sampling paused to swap weights; longest pause."),
+    ("weights/failed", "updates", "Updates that a generator refused or did not finish in time, in this step."),
+    # The policy and its loss
+    ("policy/entropy", "nats", "Entropy of the policy, mean over trained policy tokens."),
+    ("policy/clip_frac", "share", "Policy tokens whose gradient the clip removed."),
+    ("policy/ratio_mean", "", "Mean ratio of the current to the proximal policy."),
+    ("policy/ratio_max", "", "Largest ratio of the current to the proximal policy."),
+    ("policy/kl", "nats", "KL estimate (k3) between the proximal and the current policy."),
+    ("policy/ref_kl", "nats", "KL estimate (k3) between the current and the reference policy."),
+    ("policy/mismatch_kl", "nats", "KL estimate (k3) between the recorded behaviour and the proximal log-probs."),
+    ("policy/ess", "share", "Effective sample size of the importance weights, (sum w)^2 / (n sum w^2)."),
+    ("policy/weight_mean", "", "Mean importance weight of policy tokens."),
+    ("policy/weight_capped_frac", "share", "Policy tokens whose importance weight reached its cap."),
+    ("policy/bad_logp", "tokens", "Policy tokens with a non-finite behaviour log-prob; their weight is 1."),
+    ("policy/grad_norm", "", "Global gradient norm before clipping; mean over the step's updates."),
+    ("policy/lr", "", "Learning rate of the step's last update."),
+    ("policy/teacher_logp", "nats", "Mean log-prob of the teacher's tokens under the policy."),
+    ("loss/value", "", "The objective's negative value -J."),
+    ("loss/policy", "", "The part of -J that sampled answers contribute."),
+    ("loss/teacher", "", "The part of -J that teacher solutions contribute."),
+    ("apo/r_anchor_mean", "", "Mean anchor ratio r_a of policy tokens with a negative advantage."),
+    ("apo/r_anchor_p95", "", "95th percentile of the anchor ratio r_a."),
+    ("apo/dead_frac", "share", "Policy tokens with a negative advantage whose gradient vanishes, r < 1 - eps."),
+    ("apo/skipped_frac", "share", "Policy tokens with a negative advantage without a usable anchor set."),
+    # What was trained
+    ("train/tokens", "tokens", "Trained tokens, prompts left out."),
+    ("train/teacher_tokens", "tokens", "Trained tokens that a teacher wrote."),
+    ("train/prompts", "prompts", "Groups in the step."),
+    ("train/samples", "answers", "Answers in the step, teachers included."),
+    ("train/updates", "updates", "Optimizer updates in the step."),
+    ("train/skipped", "updates", "Optimizer updates skipped because loss or gradient was not finite."),
+    ("train/micro_batches", "", "Micro-batches per rank, dummies included."),
+    ("train/padding_frac", "share", "Padding among the tokens that the learner computed."),
+    ("train/epoch", "epochs", "Epoch of the newest prompt."),
+    ("ledger/issued", "prompts", "Prompts handed out since the run began."),
+    ("ledger/trained", "prompts", "Prompts trained on, committed."),
+    ("ledger/dropped", "prompts", "Prompts given up."),
+    ("ledger/dropped/{reason}", "prompts", "Prompts given up for one reason."),
+    ("ledger/in_flight", "prompts", "Prompts being generated or verified."),
+    ("ledger/buffered", "prompts", "Prompts complete and waiting for the learner."),
+    ("ledger/to_retry", "prompts", "Prompts that will be issued again."),
+    # The rest
+    ("verify/p50_s", "s", "Median time of one judgement."),
+    ("verify/queue", "groups", "Groups waiting for verdicts when the step ended."),
+    ("verify/unparseable", "answers", "Answers without a readable result, in this step."),
+    ("verify/timeout", "answers", "Judgements killed at their deadline, in this step."),
+    ("verify/oom", "answers", "Judgements that ran out of memory, in this step."),
+    ("verify/crash", "answers", "Judgements whose verifier crashed, in this step."),
+    ("scale/generators", "", "Generators that serve."),
+    ("scale/verifiers", "", "Verifiers that serve."),
+    ("scale/learners", "", "Learner ranks."),
+    ("perf/mfu", "share", "Floating-point operations of learning over what the devices can do."),
+    ("perf/memory_bytes", "bytes", "Peak memory of a learner rank."),
+)
+
+REGISTRY: dict[str, Metric] = {name: Metric(name, unit, meaning) for name, unit, meaning in _DECLARED}
+assert len(REGISTRY) == len(_DECLARED), "a metric is declared twice"
+
+
+_PLACEHOLDERS = {"k": r"\d+", "n": r"\d+"}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", name)
+    return re.compile("".join(_PLACEHOLDERS.get(p, r"[^/]+") if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+
+_FAMILIES = tuple((_pattern(m.name), m) for m in REGISTRY.values() if m.is_family)
+
+
+@functools.lru_cache(maxsize=4096)
+def find(name: str) -> Metric | None:
+    """The declaration that covers ``name``, or None."""
+    if "{" in name:
+        return None
+    return REGISTRY.get(name) or next((m for pattern, m in _FAMILIES if pattern.fullmatch(name)), None)
+
+
+def lookup(name: str) -> Metric:
+    """The declaration that covers ``name``. Raises LookupError, with the nearest name, when there is none."""
+    metric = find(name)
+    if metric is None:
+        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise LookupError(f"metric {name!r} is not declared.{hint} Declare it in hapo_async/metrics.py.")
+    return metric
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class Writer:
+    """Writes one row per learner step to ``metrics.jsonl`` and TensorBoard. Flushed each step; a context manager.
+
+    purge_step: the first step that does not count any more (a resume continues before it): its rows and all later ones
+    move to ``discarded/`` and TensorBoard hides them.
+    """
+
+    def __init__(self, run_dir: str | Path, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and readers of rows do not need it
+
+        self.folder = Path(run_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS_FILE
+        _repair(path)
+        if purge_step is not None:
+            _discard(path, purge_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> dict[str, Any]:
+        """Appends the row {step, time, bottleneck, advice, metrics...} and returns it.
+
+        None means "not measured" and is left out; a value that is not finite becomes null. Raises LookupError for an
+        undeclared name, before anything is written. ``bottleneck`` and ``advice`` are there when the step has times.
+        """
+        for name in values:
+            lookup(name)
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        row: dict[str, Any] = {"step": int(step), "time": time.time()}
+        verdict = bottleneck(numbers)
+        if verdict.component:
+            row |= {"bottleneck": verdict.component, "advice": verdict.advice}
+        row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if verdict.component:
+            self._board.add_text("bottleneck", verdict.advice, step)
+        self._board.flush()
+        return row
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._board.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _repair(path: Path) -> None:
+    """Cuts a last line that a crash left unfinished, so that the next row does not grow out of it."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _discard(path: Path, purge_step: int) -> None:
+    rows = read(path)
+    gone = [r for r in rows if r["step"] >= purge_step]
+    if not gone:
+        return
+    folder = path.parent / DISCARDED_FOLDER
+    folder.mkdir(exist_ok=True)
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in gone)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] < purge_step), encoding="utf-8")
+    fresh.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``, or of the one in a run folder, in file order. Lines that are not whole rows (a crash
+    cuts the last one) are left out; a file that does not exist has no rows."""
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, ordered by step; of several rows of a step the last one counts."""
+    points = {row["step"]: float(row[name]) for row in rows if isinstance(row.get(name), (int, float))}
+    steps = sorted(points)
+    return steps, [points[s] for s in steps]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What limits a step
+
+
+class Bottleneck(NamedTuple):
+    """component: generator | verifier | learner | sync | staleness, "" when nothing was timed. advice: one sentence."""
+
+    component: str
+    advice: str
+
+
+# Both sides idle for at least this share of a step: neither is slow, they take turns.
+_TURNS_SHARE = 0.15
+
+
+def bottleneck(timings: Mapping[str, float]) -> Bottleneck:
+    """Decides from a step's ``time/*`` metrics what limits it. Missing times count as 0; evaluation and checkpoints
+    never limit, since they are asked for. The largest of the learner's four states decides:
+
+    learning -> learner; publishing -> sync; waiting for late groups -> staleness; waiting for a batch -> generator, or
+    verifier when groups spend longer there, or staleness when the generators waited for weights in the same step (then
+    the two sides take turns, which only a larger bound can change).
+    """
+
+    def seconds(name: str) -> float:
+        value = timings.get(f"time/{name}_s")
+        return value if value is not None and math.isfinite(value) and value > 0 else 0.0
+
+    states = {name: seconds(name) for name in ("learn", "wait_for_batch", "wait_for_stale", "sync")}
+    total = max(seconds("step"), sum(states.values()))
+    if not any(states.values()):
+        return Bottleneck("", "no stage was timed in this step.")
+    state = max(states, key=lambda name: states[name])
+    share = states[state] / total
+    held = min(seconds("wait_for_weights") / total, 1.0)
+    if state == "wait_for_batch":
+        return _batch_is_late(share, held, seconds("verify"), seconds("generate"))
+    if state == "learn":
+        waited = f" while generators waited for weights {held:.0%} of it" if held > 0.05 else ""
+        return Bottleneck(
+            "learner",
+            f"learner: it computed {share:.0%} of the step{waited}; add ranks (learner.ranks) "
+            "or raise learner.micro_batch_tokens.",
+        )
+    if state == "sync":
+        return Bottleneck(
+            "sync",
+            f"sync: handing out weights took {share:.0%} of the step; train more per step (train.batch_prompts) "
+            "or raise weights.bucket_bytes.",
+        )
+    return Bottleneck(
+        "staleness",
+        f"staleness: the learner waited {share:.0%} of the step for groups about to grow too old; raise max_staleness, "
+        "or lower staleness.late_deadline_s or sampling.max_tokens.",
+    )
+
+
+def _batch_is_late(share: float, held: float, verify_s: float, generate_s: float) -> Bottleneck:
+    if verify_s > generate_s > 0:
+        return Bottleneck(
+            "verifier",
+            f"verifier: the learner waited {share:.0%} of the step for a batch, and groups spent {verify_s:.1f} s in "
+            f"verification against {generate_s:.1f} s in generation; raise verifier.workers or verifier.count.",
+        )
+    if min(share, held) >= _TURNS_SHARE:
+        return Bottleneck(
+            "staleness",
+            f"staleness: generators and learner take turns (the learner waited {share:.0%} of the step for rollouts, "
+            f"generators {held:.0%} for weights); raise max_staleness so that they overlap.",
+        )
+    return Bottleneck(
+        "generator",
+        f"generator: the learner waited {share:.0%} of the step for rollouts; add generators (generator.count) "
+        "or raise generator.max_concurrent.",
+    )

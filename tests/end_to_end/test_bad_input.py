@@ -1,0 +1,85 @@
+"""Bad input: a clear error with exit code 2, before Ray starts."""
+
+import json
+import sys
+
+import pytest
+
+from tests.end_to_end.helpers import hapo
+
+QUICKSTART = "configs/quickstart.yaml"
+
+
+def write(path, *rows):
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    return path
+
+
+CASES = {
+    "missing config": (["configs/nothing.yaml"], ["configs/nothing.yaml", "does not exist"]),
+    "missing data": ([QUICKSTART, "data.train=nowhere.jsonl"], ["nowhere.jsonl"]),
+    "unknown key": ([QUICKSTART, "gate.gama=0.5"], ["gate.gama", "gate.gamma"]),
+    "impossible gamma": ([QUICKSTART, "gate.gamma=0.95"], ["0.95", "9/10", "gate.mode=always"]),
+    "one answer per group": ([QUICKSTART, "sampling.n=1", "gate.gamma=0.5", "algorithm=grpo"], ["sampling.n"]),
+    "unknown algorithm": ([QUICKSTART, "algorithm=grop"], ["grop", "grpo"]),
+    "unknown option": ([QUICKSTART, "options={epsilonn: 1}"], ["epsilonn"]),
+    "missing model": ([QUICKSTART, "model=./no/such/model"], ["no/such/model"]),
+    "missing reward function": ([QUICKSTART, "verifier.name=nowhere:verify"], ["nowhere"]),
+    "unknown vllm argument": (
+        [QUICKSTART, "generator.engine=vllm", "vllm={max_model_length: 1}"],
+        ["max_model_length", "max_model_len"],
+    ),
+    "unknown deepspeed argument": ([QUICKSTART, "deepspeed={zero_optimisation: {}}"], ["zero_optimisation"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
+def test_it_ends_with_2_and_names_value_and_fix(case, tmp_path):
+    arguments, expected = CASES[case]
+    result = hapo("train", *arguments, f"run.dir={tmp_path / 'run'}", timeout_s=60)
+    assert result.returncode == 2, result.stderr
+    message = result.stderr[result.stderr.index("error:") :]
+    for word in expected:
+        assert word in message, message
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "a run folder was made for a run that could not start"
+
+
+def test_a_column_that_does_not_exist(tmp_path):
+    data = write(tmp_path / "d.jsonl", {"question": "1+1?", "answer": "2"})
+    result = hapo("train", QUICKSTART, f"data.train={data}", "data.columns={prompt: qestion}", timeout_s=60)
+    assert result.returncode == 2
+    assert "qestion" in result.stderr and "question" in result.stderr
+
+
+def test_teachers_longer_than_the_context_for_every_prompt(tmp_path):
+    long = "1+1=2; " * 50 + r"\boxed{2}"
+    data = write(tmp_path / "d.jsonl", *({"prompt": f"{i}a+1?", "answer": "2", "solution": long} for i in range(4)))
+    result = hapo("train", QUICKSTART, f"data.train={data}", timeout_s=60)
+    assert result.returncode == 2, result.stderr
+    assert "sampling.max_tokens" in result.stderr
+
+
+def test_an_engine_that_is_not_installed(tmp_path):
+    """vllm is hidden from this one process by an import hook."""
+    import os
+    import subprocess
+
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(
+        "import sys\nclass Hide:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'vllm': raise ModuleNotFoundError(name)\n"
+        "import importlib.util as u\n_old = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'vllm' else _old(name, package)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "hapo_async", "train", QUICKSTART, "generator.engine=vllm"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "vllm is not installed" in result.stderr and "hapo_async[" in result.stderr

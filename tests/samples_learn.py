@@ -1,0 +1,105 @@
+"""Hand-made groups for the learner's tests: the same samples as plain tasks and as what travels through the system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hapo_async import algorithms, gate, inject
+from hapo_async.config import Config
+from hapo_async.inject import TrainGroup
+from hapo_async.types import (
+    Answer,
+    GatedGroup,
+    Group,
+    GroupHeader,
+    GroupKey,
+    Judgement,
+    Prompt,
+    Sampling,
+    Segment,
+    Source,
+    Teacher,
+    Verdict,
+    Version,
+    VersionSpan,
+)
+from tests.reference_loop import Task
+
+
+def tasks(count: int, answers: int, seed: int, vocab: int = 100) -> list[Task]:
+    """Tasks of very unequal lengths; rewards vary, and every third task has solved answers only."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(3, vocab, int(rng.integers(low, high))).tolist()
+
+    out = []
+    for i in range(count):
+        rewards = [1.0] * answers if i % 3 == 2 else rng.integers(0, 2, answers).astype(float).tolist()
+        teacher = ids(5, 25) if i % 2 == 0 else None
+        out.append(Task(ids(2, 12), [ids(1, 40) for _ in range(answers)], rewards, teacher))
+    return out
+
+
+def config(model: str = "", algorithm: str = "grpo", **learner: Any) -> Config:
+    """A small fp32 learner whose Adam epsilon does not amplify rounding."""
+    settings = {"lr": 1e-3, "eps": 1e-4, "mini_batches": 2, "deadline_s": 60, "micro_batch_tokens": 300, **learner}
+    return Config.model_validate(
+        {
+            "model": model,
+            "algorithm": algorithm,
+            "max_staleness": 0,
+            "sampling": {"n": 4},
+            "train": {"batch_prompts": 8, "steps": 10},
+            "learner": settings,
+            "options": {"reduction": "TM"} if algorithm == "grpo" else {},
+        }
+    )
+
+
+def groups(
+    chosen: list[Task], config: Config, version: Version, store: Callable[[Group], Any] = lambda group: group
+) -> list[TrainGroup]:
+    """The tasks as the driver would hand them to the learner; ``store`` makes the payload's reference."""
+    algorithm = algorithms.get(config.algorithm)
+    options = algorithm.resolve(dict(config.options))
+    out = []
+    for i, task in enumerate(chosen):
+        gated = _gated(task, GroupKey(0, f"t{i}", 0), config, algorithm.uses_gate, version, store)
+        over = config.gate.advantage_group
+        train = inject.compose(
+            algorithm.composition, gated, algorithm.advantage, advantage_group=over, options=options
+        )
+        assert train is not None
+        out.append(train)
+    return out
+
+
+def _gated(
+    task: Task, key: GroupKey, config: Config, uses_gate: bool, version: Version, store: Callable[[Group], Any]
+) -> GatedGroup:
+    prompt_tokens = np.array(task.prompt, np.int32)
+    answers = []
+    for j, ids in enumerate(task.answers):
+        logp = np.full(len(ids), -3.0, np.float32)
+        segment = Segment(Source.POLICY, np.array(ids, np.int32), logp, (VersionSpan(version, 0, len(ids)),))
+        answers.append(Answer(j, (segment,), "stop"))
+    group = Group(key, prompt_tokens, tuple(answers), config.sampling.temperature, "g0", 1)
+    teachers = () if task.teacher is None else (Teacher("", np.array(task.teacher, np.int32)),)
+    sampling = Sampling(n=len(answers), max_tokens=64, temperature=config.sampling.temperature)
+    prompt = Prompt(key.uid, (), prompt_tokens, None, teachers=teachers, sampling=sampling)
+    judgements = tuple(Judgement(Verdict.CORRECT if r == 1 else Verdict.WRONG, r) for r in task.rewards)
+    header = GroupHeader.of(group, 0.0)
+    mode = {} if uses_gate else {"mode": "never"}
+    decision = gate.decide(
+        task.rewards,
+        [True] * len(task.rewards),
+        teachers,
+        header.lengths,
+        [version.step] * len(answers),
+        config=config.gate.model_copy(update=mode),
+    )
+    return GatedGroup(header, store(group), prompt, judgements, decision)
