@@ -7,9 +7,11 @@ executor. New weights are staged as a second copy; until every bucket is there a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from hapo_async.types import Answer, Group, GroupHeader, GroupKey, GroupRequest,
 from hapo_async.weights import Manifest, Staging
 
 log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 1.0  # an actor with a dead engine answers those who wait, then ends
 
 
 class GeneratorActor:
@@ -65,7 +69,7 @@ class GeneratorActor:
 
         self._tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self.model_path, trust_remote_code=False)
         if self._kind == "vllm":
-            return await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device)
+            return await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device, self.name)
         dtype = self.config.generator.dtype
         model = await asyncio.to_thread(engines.load_model, self.model_path, self.device, dtype)
         stop = engines.stop_ids(self._tokenizer, model.config, model.generation_config)
@@ -76,12 +80,14 @@ class GeneratorActor:
 
     async def submit(self, requests: list[GroupRequest]) -> None:
         """Enqueues groups, all or none. Raises EngineError."""
-        await self.engine.submit(requests)
+        with self._exit_when_dead():
+            await self.engine.submit(requests)
 
     @ray.method(num_returns=2)
     async def collect(self, key: GroupKey) -> tuple[GroupHeader, Group]:
         """Waits for a group and hands it out, once: (header, payload). Raises EngineError for an unknown key."""
-        sampled = await self.engine.collect(GroupKey(*key))
+        with self._exit_when_dead():
+            sampled = await self.engine.collect(GroupKey(*key))
         group = await asyncio.to_thread(self._group, sampled)
         return GroupHeader.of(group, sampled.seconds), group
 
@@ -117,10 +123,21 @@ class GeneratorActor:
             deadline = time.monotonic() + self.config.weights.deadline_s
             tensors = await asyncio.to_thread(_receive, manifest, refs, deadline)
             fetch_s = time.perf_counter() - start
-            pause_s = await self.engine.install(manifest, tensors)
+            with self._exit_when_dead():
+                pause_s = await self.engine.install(manifest, tensors)
         return {"version": str(manifest.version), "fetch_s": fetch_s, "pause_s": pause_s, "bytes": manifest.nbytes}
 
     # ---------------------------------------------------------------- the rest
+
+    @contextlib.contextmanager
+    def _exit_when_dead(self) -> Iterator[None]:
+        """An actor without its engine would only refuse everything: it reports why and ends, so that others see a death."""
+        try:
+            yield
+        except engines.EngineDead:
+            log.exception("%s ends because its engine is gone", self.name)
+            asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+            raise
 
     async def stats(self) -> dict[str, Any]:
         """running_groups, running_sequences, waiting_sequences, tokens, version, pid."""

@@ -41,6 +41,7 @@ __all__ = ["LearnerGroup", "LearnerRank", "check_overrides"]
 
 log = logging.getLogger(__name__)
 
+START_S = 900.0  # loading a model takes longer than training on a batch
 PING_S = 5.0  # how long a rank has to say that it is alive, once something went wrong
 GRACE_S = 2.0  # how long the other ranks' own errors are waited for
 
@@ -71,7 +72,8 @@ class LearnerRank:
         """Joins the process group and loads the model. Returns this process's id."""
         c = self.config
         torch.manual_seed(c.seed + self.rank)
-        timeout_s = c.learner.deadline_s
+        # The driver ends a group that misses its deadline; this one only bounds ranks whose driver is gone.
+        timeout_s = max(START_S, c.learner.deadline_s)
         zero.join(zero.Seat(self.rank, self.world_size, ip, port, self.device, timeout_s), self._listener)
         dtype = model_dtype(c, self.device)
         reference = self._reference(dtype)
@@ -154,10 +156,9 @@ class LearnerGroup:
             for i in range(count)
         ]
         group = cls(config, ranks, slot)
-        deadline_s = config.learner.deadline_s
         began = time.monotonic()
-        ip, port = (await group._call("listen", [()], deadline_s, ranks=ranks[:1]))[0]
-        pids = await group._call("start", [(ip, port)] * count, deadline_s)
+        ip, port = (await group._call("listen", [()], START_S, ranks=ranks[:1]))[0]
+        pids = await group._call("start", [(ip, port)] * count, START_S)
         log.info("learner: %d ranks ready in %.1f s (pids %s)", count, time.monotonic() - began, pids)
         return group
 

@@ -31,14 +31,28 @@ from hapo_async.learn import PolicyModel, Update, adamw, load_policy
 
 log = logging.getLogger(__name__)
 
-# The top-level sections of DeepSpeed 0.19's configuration that a user may set; what `learner:` decides is not among them.
+# The sections of DeepSpeed 0.19's configuration that a user may set. Left out: what `learner:` decides, and what would
+# change the sums that the learner relies on (precision, gradient scaling, elasticity).
 _PASSED_ON = frozenset(
-    "activation_checkpointing aio amp autotuning checkpoint comms_logger communication_data_type compile "
-    "compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state "
-    "elasticity flops_profiler gradient_predivide_factor load_universal_checkpoint memory_breakdown monitor_config "
-    "prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard "
-    "timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
-    "zero_optimization".split()  # noqa: SIM905
+    {
+        "activation_checkpointing",
+        "aio",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "flops_profiler",
+        "memory_breakdown",
+        "monitor_config",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_optimization",
+    }
 )
 _OWNED = {
     "train_batch_size": "train.batch_prompts",
@@ -50,6 +64,7 @@ _OWNED = {
     "fp16": "learner.dtype",
     "optimizer": "learner.lr, learner.betas, learner.eps and learner.weight_decay",
     "scheduler": "learner.lr_schedule",
+    "torch_autocast": "learner.dtype",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from hapo_async import advantage as advantages
-from hapo_async import upge
+from hapo_async import gate, upge
 from hapo_async.anchor import anchored
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError
@@ -158,17 +158,19 @@ class Algorithm:
         if self.composition != "demonstrations" and advantages.needs_group(self.advantage) and n < 2:
             raise ConfigError(
                 f"sampling.n={n} with algorithm={self.name!r}: its advantage compares the answers of a group, and a "
-                "single answer always has advantage 0. Set sampling.n to 2 or more (the papers use 8), or use algorithm=sft."
+                "single answer always has advantage 0. Set sampling.n to 2 or more (the papers: 8), or use algorithm=sft."
             )
+        if self.uses_gate:
+            gate.check_config(config)
         if self.uses_gate and "gamma" in config.options and options["gamma"] != config.gate.gamma:
             raise ConfigError(
-                f"options.gamma={options['gamma']} contradicts gate.gamma={config.gate.gamma}: in a run of {self.name!r} "
-                "the gate's threshold has one place. Remove options.gamma and set gate.gamma."
+                f"options.gamma={options['gamma']} contradicts gate.gamma={config.gate.gamma}: {self.name!r} takes the gate's "
+                "threshold from one place. Remove options.gamma and set gate.gamma."
             )
         if self.composition == "switch" and not -1 <= options["gamma"] <= n:
             raise ConfigError(
-                f"options.gamma={options['gamma']} with sampling.n={n}: the switch compares a count of successes, so it "
-                f"must lie between -1 (never the demonstration) and {n} (always). Set options.gamma within that."
+                f"options.gamma={options['gamma']} with sampling.n={n}: the switch compares a count of successes, so "
+                f"it must lie between -1 (never the demonstration) and {n} (always). Set options.gamma within that."
             )
         return options
 
@@ -363,8 +365,9 @@ def loss(name: str, batch: TokenBatch, **options: Any) -> tuple[Tensor, dict[str
 
     options: the algorithm's own (``get(name).defaults``), and ``correction``, ``cap`` of ``hapo_async.staleness``
     (default off). Returns a scalar whose gradient is the algorithm's, and numbers; ``stats["value"]`` is -J. Where
-    ``confidence`` or ``group_size`` is missing it is counted from the batch (confidence from reward [sequences]: S rollouts with R = 1 and a
-    group that is whole after injection). Raises ConfigError for a bad name or option, ValueError for a bad batch.
+    ``confidence`` or ``group_size`` is missing it is counted from the batch (confidence from reward [sequences]: S
+    rollouts with R = 1, in a group that is whole after injection). Raises ConfigError for a bad name or option,
+    ValueError for a bad batch.
     """
     algorithm = get(name)
     correction, cap = options.pop("correction", "off"), options.pop("cap", 2.0)

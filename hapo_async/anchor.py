@@ -1,4 +1,4 @@
-"""APO's term (seed 004): failures push their token down and pull the policy towards the reference's other likely tokens.
+"""APO's term (seed 004): failures push their token down and pull towards the reference's other likely tokens.
 
 Legend: N packed tokens, K top-K. S is the reference's top-K without y_t, Z the reference's mass on it.
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)}
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)}
         return replace(self, **tensors)
 
 
@@ -221,7 +221,8 @@ def _padded_sizes(lengths: np.ndarray, budget: int) -> list[int]:
 
 
 def _packed_sizes(lengths: np.ndarray, budget: int) -> list[int]:
-    sizes, used = [], 0
+    sizes: list[int] = []
+    used = 0
     for length in lengths:
         if sizes and used + length <= budget:
             sizes[-1] += 1
@@ -269,7 +270,7 @@ def _assemble(
     reward[torch.as_tensor(chosen)] = torch.tensor([s.reward for s in rows], dtype=dtype)
     return MicroBatch(
         input_ids=torch.from_numpy(ids.reshape(shape)),
-        position_ids=torch.from_numpy(np.ascontiguousarray(positions)),
+        position_ids=torch.from_numpy(np.array(positions)),
         predict=torch.from_numpy(np.concatenate(predict)),
         targets=torch.from_numpy(per_token("tokens").astype(np.int64)),
         temperature=torch.from_numpy(spread([s.temperature for s in rows])).to(dtype),

@@ -61,7 +61,9 @@ class Buffer:
             self._since.pop(group.key)
             staleness = self.staleness(group, step)
             if not 0 <= staleness <= max_staleness:
-                raise RunError(f"group {group.key} has staleness {staleness} at step {step}; allowed is 0..{max_staleness}")
+                raise RunError(
+                    f"group {group.key} has staleness {staleness} at step {step}; allowed is 0..{max_staleness}"
+                )
         return taken
 
     def take_expired(self, step: int, max_staleness: int) -> list[Ready]:

@@ -33,6 +33,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 def main() -> None:
     """Entry point: turns errors into exit codes."""
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU and warn that there is none
     logging.basicConfig(
         level=os.environ.get("HAPO_LOG", "WARNING").upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -52,7 +54,9 @@ def main() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; the shipped ones are in configs/.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would run, start nothing.")
+    ] = False,
 ) -> None:
     """Train a policy."""
     from hapo_async import config as configs
@@ -76,7 +80,9 @@ def train(
     outcome = run.train(prepared)
     _print_outcome(outcome, run.outcome_rows(outcome))
     if not outcome.finished:
-        raise RunError(f"stopped by a signal after step {outcome.steps}; the same command continues from its checkpoint")
+        raise RunError(
+            f"stopped by a signal after step {outcome.steps}; the same command continues from its checkpoint"
+        )
 
 
 def _warn_without_teachers(prepared: Any) -> None:
@@ -173,10 +179,14 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: 
 def check_data(config: Path, overrides: Overrides = None, as_json: Json = False) -> None:
     """Load a config's data, print the column mapping and what was left out and why."""
     from hapo_async import config as configs
-    from hapo_async.verify import check
+    from hapo_async import data
 
-    loaded = configs.load(config, overrides or [])
-    check.check_data(loaded, as_json=as_json)
+    reports = data.check_data(configs.load(config, overrides or []))
+    if as_json:
+        out.print_json(json.dumps([report.as_dict() for report in reports]))
+        return
+    for report in reports:
+        out.print(report.text(), markup=False)
 
 
 @app.command("check-verifier")
@@ -189,11 +199,14 @@ def check_verifier(
     """Judge a file of labelled answers and list where the verifier disagrees with the labels."""
     from hapo_async.verify import check
 
-    check.check_verifier(str(file), name=verifier, workers=workers, as_json=as_json)
+    report = check.check_verifier(str(file), name=verifier, workers=workers)
+    if as_json:
+        out.print_json(json.dumps(report.as_dict()))
+    else:
+        out.print(report.text(), markup=False)
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
     out.print(__version__)
-

@@ -86,7 +86,9 @@ class GateConfig(_Section):
 class GeneratorConfig(_Section):
     """The engines that sample. Each generator is a placement-group bundle of tensor_parallel x pipeline_parallel ranks."""
 
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vllm on GPUs, else transformers.")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vllm on GPUs, else transformers."
+    )
     count: int = Field(1, ge=1, description="Generators.")
     tensor_parallel: int = Field(1, ge=1, description="Ranks that share each layer of one generator.")
     pipeline_parallel: int = Field(1, ge=1, description="Stages that one generator's layers are split into.")
@@ -128,7 +130,9 @@ class StalenessConfig(_Section):
         "truncated importance weight; auto: tis when max_staleness > 0, else off.",
     )
     cap: float = Field(2.0, gt=0, description="Truncation C of the importance weight.")
-    late: Literal["truncate", "drop"] = Field("truncate", description="What happens to a group that would grow too old.")
+    late: Literal["truncate", "drop"] = Field(
+        "truncate", description="What happens to a group that would grow too old."
+    )
     late_deadline_s: float = Field(120.0, gt=0, description="How long the learner waits for such a group first.")
 
 
@@ -137,7 +141,9 @@ class WeightsConfig(_Section):
 
     transport: Literal["ray"] = Field("ray", description="ray: the object store.")
     bucket_bytes: int = Field(256 << 20, ge=1024, description="Size of one piece of the stream.")
-    deadline_s: float = Field(300.0, gt=0, description="A generator that has not applied an update by then is restarted.")
+    deadline_s: float = Field(
+        300.0, gt=0, description="A generator that has not applied an update by then is restarted."
+    )
 
 
 class TrainConfig(_Section):
@@ -174,7 +180,9 @@ class Config(_Section):
     algorithm: str = Field("hapo", description="A name that `hapo-async explain` lists.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
     seed: int = Field(0, ge=0, description="Seeds data order, sampling and choices.")
-    max_staleness: int = Field(1, ge=0, description="Oldest data, in learner steps, that may be trained on; 0 is synchronous.")
+    max_staleness: int = Field(
+        1, ge=0, description="Oldest data, in learner steps, that may be trained on; 0 is synchronous."
+    )
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -192,7 +200,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_gate, _check_batch, _check_eval):
+        for check in (_check_batch, _check_eval):
             check(self)
         return self
 
@@ -207,15 +215,6 @@ class Config(_Section):
         """sha256 over everything that shapes the training (not the run folder)."""
         tree = self.model_dump(mode="json", exclude={"run"})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _check_gate(c: Config) -> None:
-    n = c.sampling.n
-    if c.gate.mode == "bayes" and exact(c.gate.gamma) > Fraction(n + 1, n + 2):
-        raise ValueError(
-            f"gate.gamma={c.gate.gamma} can never close the gate: with sampling.n={n} the confidence (1+S)/(2+N) is at most "
-            f"{n + 1}/{n + 2}={(n + 1) / (n + 2):.3f}. Set gate.gamma to that or less, or say gate.mode=always."
-        )
 
 
 def _check_batch(c: Config) -> None:
@@ -234,9 +233,13 @@ def _check_batch(c: Config) -> None:
 
 def _check_eval(c: Config) -> None:
     if c.eval.k > c.eval.n:
-        raise ValueError(f"eval.k={c.eval.k} is larger than eval.n={c.eval.n}: pass@k needs k answers. Raise eval.n or lower eval.k.")
+        raise ValueError(
+            f"eval.k={c.eval.k} is larger than eval.n={c.eval.n}: pass@k needs k answers. Raise eval.n or lower eval.k."
+        )
     if c.eval.temperature == 0 and c.eval.n > 1:
-        raise ValueError(f"eval.n={c.eval.n} with eval.temperature=0 samples the same answer each time. Set a temperature, or eval.n=1.")
+        raise ValueError(
+            f"eval.n={c.eval.n} with eval.temperature=0 samples the same answer each time. Set a temperature, or eval.n=1."
+        )
 
 
 def exact(x: float) -> Fraction:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import queue
 import threading
 import time
@@ -22,11 +23,17 @@ from hapo_async.slot_cache import ATTENTION
 from hapo_async.types import GroupKey, GroupRequest, Version
 from hapo_async.weights import Manifest, TransferError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 class EngineError(RunError):
     """A request that the engine does not know or cannot serve, or an engine that died."""
+
+
+class EngineDead(EngineError):
+    """The engine is gone and with it everything that it was sampling; only a new generator helps."""
 
 
 class Engine(Protocol):
@@ -35,7 +42,7 @@ class Engine(Protocol):
     version: Version
 
     async def submit(self, requests: Sequence[GroupRequest]) -> None:
-        """Enqueues groups, all or none, before any of them takes its first step. Raises EngineError."""
+        """Enqueues groups, all or none (the transformers engine: in one step). Raises EngineError."""
 
     async def collect(self, key: GroupKey) -> Sampled:
         """Waits for a group and hands it out, once. Raises EngineError when the key is unknown, aborted or lost."""
@@ -135,9 +142,9 @@ class TransformersEngine:
         self.version = sampler.version
         self._sampler = sampler
         self._mailbox = Mailbox()
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._failure: EngineError | None = None
+        self._failure: EngineDead | None = None
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -188,33 +195,29 @@ class TransformersEngine:
     async def close(self) -> None:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._mailbox.close_all(EngineError("the engine was closed"))
 
-    async def _between_steps(self, command: Callable[[], T]) -> T:
-        """Runs ``command`` in the decode thread. Raises what it raises, or EngineError when the thread died."""
+    async def _between_steps(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` in the decode thread. Raises what it raises, or EngineDead when the thread is gone."""
         if self._failure:
             raise self._failure
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def carry_out() -> None:
-            try:
-                done.set_result(command())
-            except Exception as error:
-                done.set_exception(error)
-
-        self._commands.put(carry_out)
-        return await asyncio.wrap_future(done)
+        command = _Command(action)
+        self._commands.put(command)
+        return await asyncio.wrap_future(command.done)
 
     def _run(self) -> None:
-        torch.set_num_threads(1 if self._sampler.device.type == "cpu" else torch.get_num_threads())
+        if self._sampler.device.type == "cpu":
+            torch.set_num_threads(1)  # OpenMP keeps the number per thread
+        failure = EngineDead("the engine was closed")
         try:
             while self._obey():
                 for result in self._sampler.step():
                     self._loop.call_soon_threadsafe(self._mailbox.fill, result)
         except Exception as error:
-            failure = EngineError(f"the decode thread died: {type(error).__name__}: {error}")
+            log.exception("the decode thread died")
+            failure = EngineDead(f"the decode thread died: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._loop.call_soon_threadsafe(self._die, failure)
+        self._failure = failure
+        self._loop.call_soon_threadsafe(self._die, failure)
 
     def _obey(self) -> bool:
         """Carries out what is queued, waiting while there is nothing to decode. False: close."""
@@ -225,12 +228,28 @@ class TransformersEngine:
                 return True
             if command is None:
                 return False
-            command()
+            command.carry_out()
 
-    def _die(self, failure: EngineError) -> None:
-        self._failure = failure
+    def _die(self, failure: EngineDead) -> None:
+        """In the event loop, after the thread: nobody may go on waiting for it."""
         self._mailbox.close_all(failure)
-        while not self._commands.empty():  # their callers wait for an answer
+        while not self._commands.empty():
             command = self._commands.get_nowait()
             if command:
-                command()
+                command.done.set_exception(failure)
+
+
+class _Command:
+    """Something to do between two steps, and a future of its result."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.action = action
+        self.done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def carry_out(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return  # whoever asked has given up
+        try:
+            self.done.set_result(self.action())
+        except Exception as error:
+            self.done.set_exception(error)

@@ -14,7 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from hapo_async.config import GateConfig, exact
+from hapo_async.config import Config, GateConfig, exact
+from hapo_async.errors import ConfigError
 from hapo_async.types import GateDecision, GroupKey, Teacher
 
 
@@ -116,6 +117,16 @@ def choose_replaced(
         return max(candidates, key=lambda i: (lengths_G[i], -i))
     assert ties == "stalest", ties
     return min(candidates, key=lambda i: (versions_G[i], i))
+
+
+def check_config(config: Config) -> None:
+    """Refuses a gate that could never close. Raises ConfigError with the largest threshold that can."""
+    n, gamma = config.sampling.n, config.gate.gamma
+    if config.gate.mode == "bayes" and exact(gamma) > confidence(n, n):
+        raise ConfigError(
+            f"gate.gamma={gamma} can never close the gate: with sampling.n={n} the confidence (1+S)/(2+N) is at most "
+            f"{n + 1}/{n + 2}={(n + 1) / (n + 2):.3f}. Set gate.gamma to that or less, or say gate.mode=always."
+        )
 
 
 def seed_of(key: GroupKey, seed: int = 0) -> int:

@@ -29,6 +29,7 @@ from hapo_async import algorithms
 from hapo_async.batch import Layout, MicroBatch, StepPlan, dummy, pack
 from hapo_async.config import Config
 from hapo_async.head import ChunkedHead, HeadOut
+from hapo_async.objective import objective
 from hapo_async.upge import Mean, Normaliser, TokenBatch
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ class Learner:
         if not micro.is_real:
             return scores.logp.sum() * 0.0
         batch = token_batch(micro, scores, plan.version.step, logp_prox, topk)
-        loss, stats = algorithms.objective(
+        loss, stats = objective(
             self.algorithm, self.options, batch, norm, correction=self.config.correction, cap=self.config.staleness.cap
         )
         tally.add(stats)
@@ -366,8 +367,8 @@ def token_batch(
 # Metrics
 
 
-# Counts: an objective reports them as (count, 1), and over micro-batches and ranks they add up.
-_COUNTS = frozenset({"train/teacher_tokens", "policy/bad_logp"})
+# Counts, reported as (count, any weight): over micro-batches and ranks they add up.
+_COUNTS = frozenset({"policy/bad_logp", "train/teacher_tokens"})
 
 
 class Tally:
@@ -388,7 +389,7 @@ class Tally:
         policy = batch.policy
         count = policy.sum()
         age = torch.where(policy, batch.age, 0)
-        self.add({"staleness/mean": Mean(age.sum(), count)})
+        self.add({"staleness/mean": Mean(age.sum(), count), "train/teacher_tokens": Mean(batch.teachers.sum(), count)})
         self._maxima.setdefault("staleness/max", []).append(age.max())
         if batch.entropy is not None:
             self.add({"policy/entropy": Mean(torch.where(policy, batch.entropy.detach(), 0.0).sum(), count)})
@@ -418,7 +419,11 @@ def merge(reports: Seq[RankReport]) -> dict[str, float]:
             out[name] = out.get(name, 0.0) + value
         for name, value in report.maxima.items():
             out[name] = max(out.get(name, value), value)
-    out |= {name: total if name in _COUNTS else total / weight for name, (total, weight) in means.items() if weight}
+    for name, (total, weight) in means.items():
+        if name in _COUNTS:
+            out[name] = total
+        elif weight:
+            out[name] = total / weight
     return out
 
 

@@ -48,7 +48,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("response/length_mean", "tokens", "Mean length of the sampled answers."),
     ("response/length_max", "tokens", "Longest sampled answer."),
     ("response/truncated_frac", "share", "Sampled answers that ran out of tokens instead of ending by themselves."),
-    ("response/multi_version_frac", "share", "Sampled answers whose tokens come from two or more weight versions."),
+    ("response/multi_version_frac", "share", "Groups whose sampled tokens come from two or more weight versions."),
     # Held-out evaluation
     ("eval/{set}/pass@1", "share", "Held-out accuracy: mean over prompts of the share of correct answers."),
     ("eval/{set}/pass@1/se", "share", "Standard error of pass@1: over samples (n > 1), binomial (n = 1)."),

@@ -63,6 +63,8 @@ def objective(
     stats = _stats(batch, norm, rollouts, policy, values)
     if algorithm.rollout.ratio:
         stats |= old.stats | policy.stats
+        if "policy/bad_logp" in stats:  # a count: over the mini-batch it adds up
+            stats["policy/bad_logp"] = Mean(stats["policy/bad_logp"].sum, stats["loss/value"].weight)
     return loss, stats
 
 

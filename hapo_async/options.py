@@ -68,7 +68,8 @@ def merge(
     names = {alias: name for name, option in known.items() for alias in (name, *option.aliases)}
     out = {name: option.default for name, option in known.items()}
     seen: set[str] = set()
-    for key, value in (*implied.items(), *given.items()):
+    out |= {name: known[name].convert(value) for name, value in implied.items()}
+    for key, value in given.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -82,7 +83,6 @@ def merge(
             raise ConfigError(
                 f"option {name!r} of algorithm {owner!r} is given twice, once as {key!r}. Keep one of the two."
             )
-        if key in given:
-            seen.add(name)
+        seen.add(name)
         out[name] = option.convert(value)
     return out

@@ -152,8 +152,8 @@ def _facts(rows: Rows, config: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", "seed"),
     )
     gated = any(metrics.series(rows, "gate/injected")[1])
-    keys = tuple(item for item in keys if gated or item[1] != "gate.gamma")
-    return [(label, str(value)) for label, key in keys if (value := _get(config, key)) not in (None, "")]
+    shown = [item for item in keys if gated or item[1] != "gate.gamma"]
+    return [(label, str(value)) for label, key in shown if (value := _get(config, key)) not in (None, "")]
 
 
 def _last_step(rows: Rows) -> int:

@@ -44,7 +44,9 @@ class RunDir:
         self._lock.flush()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._lock:
             self._lock.truncate(0)
             self._lock.close()

@@ -76,7 +76,7 @@ def draw(
 
 def _restrict(logp_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tensor) -> torch.Tensor:
     """Log-probs renormalised over the top-k tokens and the smallest set that holds top-p of the mass (0 and 1: all)."""
-    ordered, order = logp_RV.sort(-1, descending=True, stable=True)
+    ordered, order = logp_RV.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     outside = (top_k_R[:, None] > 0) & (rank >= top_k_R[:, None])
     inside = torch.log_softmax(ordered.masked_fill(outside, -torch.inf), -1)
@@ -90,7 +90,7 @@ def _restrict(logp_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tenso
 # Rows
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """One group in work. answers: by index, None while unfinished. cap: tokens that an answer may have, if truncated."""
 
@@ -104,7 +104,7 @@ class _Job:
         return all(a is not None for a in self.answers)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """One running answer. history: prompt and resumed prefix. span_start: where the current version's tokens begin."""
 
@@ -188,7 +188,7 @@ class Sampler:
         self._cache = SlotCache(text.num_hidden_layers, model.device, model.dtype)
         self._token_bytes = _kv_bytes_per_token(text, model.dtype)
         self._window = _sliding_window(text)
-        self._is_stale = False
+        self._longest = getattr(text, "max_position_embeddings", None)
 
     @property
     def running(self) -> int:
@@ -204,7 +204,7 @@ class Sampler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._jobs or self._complete)
 
     # ---------------------------------------------------------------- requests
 
@@ -217,6 +217,7 @@ class Sampler:
             self._jobs[request.key] = job
             self._waiting.append(job)
 
+    @torch.inference_mode()
     def truncate(self, keys: Iterable[GroupKey]) -> None:
         """Running answers of these groups end where they are ("length"), each with at least one token."""
         for job in (self._jobs[k] for k in keys if k in self._jobs):
@@ -227,6 +228,7 @@ class Sampler:
         ended = [r for r in range(self.running) if 0 < self._columns.limit[r] <= self._columns.done[r]]
         self._finish(ended, "length")
 
+    @torch.inference_mode()
     def abort(self, keys: Iterable[GroupKey]) -> None:
         """Forgets these groups."""
         jobs = [self._jobs.pop(k) for k in keys if k in self._jobs]
@@ -239,6 +241,11 @@ class Sampler:
             raise ValueError(f"group {request.key}: the prompt is empty; the first token needs something to follow")
         if request.key in self._jobs:
             raise ValueError(f"group {request.key} is already being sampled")
+        if self._longest and length > self._longest:
+            raise ValueError(
+                f"group {request.key}: {len(request.prompt_tokens)} prompt tokens and {request.sampling.max_tokens} new ones "
+                f"exceed the model's {self._longest} positions. Lower data.max_prompt_tokens or sampling.max_tokens."
+            )
         if self._window and length > self._window:
             raise ValueError(
                 f"group {request.key}: {length} tokens exceed the model's sliding attention window of {self._window}, which "
@@ -250,9 +257,6 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
         """Admits waiting groups, samples one token of every running answer, returns the groups that became complete."""
-        if self._is_stale:
-            self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
-            self._is_stale = False
         self._admit()
         if self.running:
             self._decode()
@@ -425,7 +429,7 @@ class Sampler:
 
     # ---------------------------------------------------------------- weights
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def install(self, version: Version, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Swaps the weights; running answers go on under them. Raises ValueError, with nothing changed, when the tensors
         are not exactly this model's parameters."""
@@ -435,7 +439,8 @@ class Sampler:
         for parameter, tensor in targets:
             parameter.copy_(tensor)
         self.version = version
-        self._is_stale = self.recompute and self.running > 0
+        if self.recompute:
+            self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
 
 
 def match_parameters(

@@ -31,7 +31,7 @@ HARD_STEPS = (4, 5, 6)
 EASY_SHARE = 0.25
 TAGS = "abcdef"
 SPLITS = ("train", "eval")
-EVAL_SHARE = 5  # one prompt text in five belongs to the eval split
+EVAL_ONE_IN = 5  # so many prompt texts have one that belongs to the eval split
 BUILTIN_ROWS = {"train": 1024, "eval": 200}
 
 
@@ -79,7 +79,7 @@ def builtin_rows(split: str) -> list[Row]:
 
 def split_of(prompt: str) -> str:
     """The split that a prompt's text belongs to, whatever the seed."""
-    return "eval" if zlib.crc32(prompt.encode()) % EVAL_SHARE == 0 else "train"
+    return "eval" if zlib.crc32(prompt.encode()) % EVAL_ONE_IN == 0 else "train"
 
 
 def draw(rng: random.Random, k: int) -> Chain:

@@ -36,8 +36,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """N packed response tokens. Only ``logp`` carries the policy's gradient (and ``entropy``, ``topk_logp`` where
-    used).
+    """N packed response tokens. Only ``logp`` carries a gradient, and ``entropy`` and ``topk_logp`` where used.
 
     logp, logp_prox, logp_behave, logp_ref, entropy, advantage [N]: log-probs of the sampled token (None logp_prox: the
     policy is its own proximal policy); advantage of the token's sequence, spread over its tokens. topk_logp,

@@ -11,6 +11,7 @@ import tempfile
 _HOME = tempfile.mkdtemp(prefix="hapo-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(HOME=_HOME, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray reads it when it is imported: every listener on loopback
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
@@ -22,9 +23,9 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory):
     """A local Ray on 127.0.0.1 with eight logical CPUs; yields the ray module."""
-    from actors.placement import LocalRay  # first: it sets what Ray reads when it is imported
-
     import ray
+
+    from actors.placement import LocalRay  # first: it sets what Ray reads when it is imported
 
     local = LocalRay(num_cpus=8)
     yield ray

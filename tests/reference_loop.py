@@ -5,6 +5,7 @@ One sequence per forward pass, no padding, no micro-batches, no ranks, torch.opt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Recipe:
     adam_eps: float = 1e-4
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    steps: int = 10
     mini_batches: int = 2
     clip: float = 0.2
     gamma: float = 0.8
@@ -51,10 +53,12 @@ class Row:
 
 
 def train(model: torch.nn.Module, steps: list[list[Task]], recipe: Recipe) -> Trace:
-    """Trains a Hugging Face causal LM in place."""
+    """Trains a Hugging Face causal LM in place; the learning rate follows a cosine from lr to 0 over recipe.steps."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=recipe.betas, eps=recipe.adam_eps, weight_decay=recipe.weight_decay
     )
+    updates = recipe.steps * recipe.mini_batches
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / updates)))
     gradients = []
     for tasks in steps:
         minis = _split([rows(task, recipe) for task in tasks], recipe.mini_batches)
@@ -68,6 +72,7 @@ def train(model: torch.nn.Module, steps: list[list[Task]], recipe: Recipe) -> Tr
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
             optimizer.step()
+            cosine.step()
     return Trace(gradients, {n: p.detach().clone() for n, p in model.named_parameters()})
 
 

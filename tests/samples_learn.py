@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hapo_async import algorithms, gate, inject
+from hapo_async import algorithms, batch, gate, inject, toy
 from hapo_async.config import Config
 from hapo_async.inject import TrainGroup
+from hapo_async.learn import Learner, merge
 from hapo_async.types import (
     Answer,
     GatedGroup,
@@ -30,7 +35,7 @@ from tests.reference_loop import Task
 
 
 def tasks(count: int, answers: int, seed: int, vocab: int = 100) -> list[Task]:
-    """Tasks of very unequal lengths; rewards vary, and every third task has solved answers only."""
+    """Tasks of random tokens and very unequal lengths; rewards vary, and every third task has solved answers only."""
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -44,9 +49,24 @@ def tasks(count: int, answers: int, seed: int, vocab: int = 100) -> list[Task]:
     return out
 
 
-def config(model: str = "", algorithm: str = "grpo", **learner: Any) -> Config:
-    """A small fp32 learner whose Adam epsilon does not amplify rounding."""
-    settings = {"lr": 1e-3, "eps": 1e-4, "mini_batches": 2, "deadline_s": 60, "micro_batch_tokens": 300, **learner}
+def random_model(folder: Path) -> str:
+    """A random model of the shipped one's shape, with its tokenizer, in ``folder``.
+
+    Its gradients are well-conditioned in fp32 (a trained model's cancel: there even two plain loops in fp32 differ by
+    more than 1e-6), so that equality can be asked to rounding.
+    """
+    shutil.copytree(toy.MODEL_DIR, folder, dirs_exist_ok=True)
+    settings = AutoConfig.from_pretrained(folder)
+    settings.initializer_range = 0.02
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def config(model: str = "", algorithm: str = "grpo", zero: dict[str, Any] | None = None, **learner: Any) -> Config:
+    """A small fp32 learner whose Adam epsilon does not amplify rounding. ``zero``: DeepSpeed's zero_optimization."""
+    settings = {"lr": 1e-3, "eps": 1e-4, "lr_schedule": "cosine", "mini_batches": 2, "deadline_s": 60}
+    settings |= {"micro_batch_tokens": 300, **learner}
     return Config.model_validate(
         {
             "model": model,
@@ -55,7 +75,7 @@ def config(model: str = "", algorithm: str = "grpo", **learner: Any) -> Config:
             "sampling": {"n": 4},
             "train": {"batch_prompts": 8, "steps": 10},
             "learner": settings,
-            "options": {"reduction": "TM"} if algorithm == "grpo" else {},
+            "deepspeed": {"zero_optimization": zero} if zero else {},
         }
     )
 
@@ -76,6 +96,24 @@ def groups(
         assert train is not None
         out.append(train)
     return out
+
+
+def train_alone(learner: Learner, steps: list[list[Task]]) -> list[dict[str, float]]:
+    """Runs steps in this process; the metrics of each."""
+    out = []
+    for i, chosen in enumerate(steps):
+        version = Version(0, i)
+        (plan,) = batch.plan_step(groups(chosen, learner.config, version), 1, learner.config.learner.mini_batches, version)
+        out.append(merge([learner.step(plan, sequences(plan))]))
+    return out
+
+
+def sequences(plan: batch.StepPlan) -> list[list[inject.Sequence]]:
+    """What a rank makes of its plan, where payloads are the groups themselves."""
+    return [
+        [s for index, train in enumerate(mini) for s in inject.materialise(train, train.payload, index=index)]
+        for mini in plan.minis
+    ]
 
 
 def _gated(

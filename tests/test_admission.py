@@ -48,7 +48,7 @@ def test_a_simulated_fleet_never_exceeds_the_bound_and_never_stops(eta, seed):
         finished.sort()
         batch, finished = finished[:size], finished[size:]
         ages = [step - v for v in batch]
-        assert 0 <= min(ages) and max(ages) <= eta
+        assert min(ages) >= 0 and max(ages) <= eta
         worst = max(worst, *ages)
         untrained -= size
         if rng.random() < 0.05:

@@ -6,7 +6,7 @@ import pytest
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.errors import RunError
 from hapo_async.inject import TrainGroup
-from hapo_async.types import GatedGroup, GateDecision, GroupHeader, GroupKey, Prompt, Version
+from hapo_async.types import GateDecision, GatedGroup, GroupHeader, GroupKey, Prompt, Version
 
 
 def ready(uid: str, step: int | None) -> Ready:
@@ -16,7 +16,14 @@ def ready(uid: str, step: int | None) -> Ready:
     prompt = Prompt(uid, (), np.zeros(1, np.int32), "1")
     gate = GateDecision(False, 0, 1, 0.5)
     train = TrainGroup(
-        key=key, payload=None, prompt_length=1, prompt_tokens=None, teacher=None, rows=(), confidence=0.5, temperature=1.0
+        key=key,
+        payload=None,
+        prompt_length=1,
+        prompt_tokens=None,
+        teacher=None,
+        rows=(),
+        confidence=0.5,
+        temperature=1.0,
     )
     return Ready(GatedGroup(header, None, prompt, (), gate), train)
 

@@ -24,29 +24,18 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "nearest"),
-    [("gate.gama=1", "gate.gamma"), ("learner.learning_rate=1", "learner"), ("stepz=3", "train.steps"), ("lr=1", "learner.lr")],
+    [
+        ("gate.gama=1", "gate.gamma"),
+        ("learner.learning_rate=1", "learner"),
+        ("stepz=3", "train.steps"),
+        ("lr=1", "learner.lr"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(override, nearest):
     message = refused(override)
     assert "unknown key" in message
     if nearest != "learner":
         assert nearest in message
-
-
-def test_a_gamma_that_never_closes_the_gate_is_refused_with_the_largest_one_that_does():
-    message = refused("gate.gamma=0.91", "sampling.n=8")
-    assert "never close" in message and "9/10" in message and "gate.mode=always" in message
-
-
-@pytest.mark.parametrize("gamma", ["0.9", "0", "0.8"])
-def test_gamma_up_to_the_largest_reachable_confidence_is_fine(gamma):
-    assert config.load(None, [f"gate.gamma={gamma}", "sampling.n=8"]).gate.gamma == float(gamma)
-
-
-def test_the_gate_rule_compares_rationals_not_floats():
-    # 0.9 as a double is above 9/10; a float comparison could refuse it.
-    config.load(None, ["gate.gamma=0.9", "sampling.n=8"])
-    assert "never close" in refused("gate.gamma=0.9000001", "sampling.n=8")
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused():

@@ -105,7 +105,7 @@ def test_every_token_id_is_decodable_and_comes_back(tokenizer, model):
 
 def test_solutions_round_trip_with_one_token_per_character(tokenizer):
     for row in toy.rows("train", 50, seed=5):
-        ids = tokenizer.encode(row["solution"]) + [tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(row["solution"]), tokenizer.eos_token_id]
         assert len(ids) == 9 * row["k"] + 5
         assert tokenizer.decode(ids, skip_special_tokens=True) == row["solution"]
         assert tokenizer.decode(tokenizer.encode(row["prompt"])) == row["prompt"]

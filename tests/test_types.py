@@ -38,7 +38,11 @@ def test_version_spans_must_tile_the_segment(spans):
 def test_an_answer_of_several_segments_keeps_positions_sources_and_versions():
     answer = Answer(
         0,
-        (policy([1, 2], [(3, 0, 2)]), Segment(Source.ENVIRONMENT, np.array([9], np.int32)), policy([4, 5], [(3, 0, 1), (4, 1, 2)])),
+        (
+            policy([1, 2], [(3, 0, 2)]),
+            Segment(Source.ENVIRONMENT, np.array([9], np.int32)),
+            policy([4, 5], [(3, 0, 1), (4, 1, 2)]),
+        ),
         "stop",
     )
     assert answer.tokens.tolist() == [1, 2, 9, 4, 5]
@@ -49,7 +53,10 @@ def test_an_answer_of_several_segments_keeps_positions_sources_and_versions():
 
 
 def test_a_header_knows_the_oldest_and_newest_token():
-    answers = (Answer(0, (policy([1], [(7, 0, 1)]),), "stop"), Answer(1, (policy([1, 2], [(5, 0, 1), (6, 1, 2)]),), "length"))
+    answers = (
+        Answer(0, (policy([1], [(7, 0, 1)]),), "stop"),
+        Answer(1, (policy([1, 2], [(5, 0, 1), (6, 1, 2)]),), "length"),
+    )
     header = GroupHeader.of(Group(GroupKey(0, "a", 0), np.zeros(3, np.int32), answers, 1.0, "g", 1), 0.1)
     assert (header.oldest, header.newest) == (Version(1, 5), Version(1, 7))
     assert header.answer_steps == (7, 5)

@@ -11,6 +11,7 @@ from typing import Any
 from hapo_async.data.source import hub_reachable
 from hapo_async.errors import ConfigError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 
 
@@ -64,6 +65,12 @@ def _check_hub(model: str) -> None:
 def load_tokenizer(model_path: str) -> Any:
     """The model's own tokenizer. Raises ConfigError when it cannot be loaded or has no end-of-text token."""
     resolved = resolve_model(model_path)
+    folder = Path(resolved)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer from the model's type
+        raise ConfigError(
+            f"model folder {model_path!r} holds no tokenizer. Save one there with tokenizer.save_pretrained({model_path!r})."
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
@@ -77,15 +84,15 @@ def load_tokenizer(model_path: str) -> Any:
         ) from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"the tokenizer of model {model_path!r} has no end-of-text token, so no answer could end. Set eos_token in its "
-            "tokenizer_config.json."
+            f"the tokenizer of model {model_path!r} has no end-of-text token, so no answer could end. Set eos_token "
+            "in its tokenizer_config.json."
         )
     return tokenizer
 
 
 def context_tokens(model: str) -> int:
-    """Most positions that the model was made for (``max_position_embeddings``), prompt and answer together; a very large
-    number where its config does not say."""
+    """Most positions, prompt and answer together, that the model was made for (``max_position_embeddings``); a very
+    large number where its config does not say."""
     from huggingface_hub import try_to_load_from_cache
 
     unlimited = 1 << 30

@@ -113,7 +113,7 @@ def load_prompts(
 
 
 def check_data(config: Config, progress: Progress | None = None) -> list[DataReport]:
-    """`hapo-async check-data`: loads the training and evaluation sources as a run would. Raises DataError, ConfigError."""
+    """`hapo-async check-data`: loads all sources as a run would. Raises DataError, ConfigError."""
     tokenizer = load_tokenizer(config.model)
     sources: list[tuple[str, Split]] = [(config.data.train, "train"), *((s, "eval") for s in config.data.eval)]
     return [load_prompts(config, source, tokenizer, split, progress)[1] for source, split in sources]
@@ -172,8 +172,8 @@ def _messages(config: Config, messages: list[dict[str, str]]) -> list[dict[str, 
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]], chat_template: bool = True) -> np.ndarray:
-    """int32 [T]. With the tokenizer's chat template where it has one (and ``chat_template``), else the messages as plain
-    text, joined by empty lines."""
+    """int32 [T]. With the tokenizer's chat template where it has one (and ``chat_template``), else the messages as
+    plain text, joined by empty lines."""
     if chat_template and getattr(tokenizer, "chat_template", None):
         ids = tokenizer.apply_chat_template(
             [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
@@ -322,10 +322,10 @@ def _teacher_warnings(config: Config, report: DataReport, wanted: int) -> tuple[
     """Raises DataError where no teacher is usable because of its length, or the algorithm cannot do without one."""
     if report.teachers and not report.accepted and report.rejected.get("too long", 0) == report.teachers:
         raise DataError(
-            f"{report.source}: all {report.teachers} teacher solutions are longer than the context: an answer may have "
-            f"sampling.max_tokens={config.sampling.max_tokens} tokens, and with its prompt {context_tokens(config.model)} (the "
-            "model's limit). Raise sampling.max_tokens, take a model with a longer context, or use an algorithm without "
-            "teachers, such as grpo."
+            f"{report.source}: all {report.teachers} teacher solutions are longer than the context. An answer may have "
+            f"sampling.max_tokens={config.sampling.max_tokens} tokens, and together with its prompt the model's "
+            f"{context_tokens(config.model)}. Raise sampling.max_tokens, take a model with a longer context, or use an "
+            "algorithm without teachers, such as grpo."
         )
     warnings = []
     if not report.accepted:

@@ -71,8 +71,8 @@ class PromptStream:
         ):
             if cursor[key] != now:
                 raise DataError(
-                    f"the checkpoint's data cursor was made with {key}={cursor[key]!r}, now it is {now!r}: the run would "
-                    "not continue where it stopped. Use the same data and seed, or a new run.dir."
+                    f"the checkpoint's data cursor was made with {key}={cursor[key]!r}, now it is {now!r}: the run "
+                    "would not continue where it stopped. Use the same data and seed, or a new run.dir."
                 )
         self._epoch, self._position = int(cursor["epoch"]), int(cursor["position"])
         self._order = self._order_of(self._epoch)

@@ -2,13 +2,13 @@
 
 Every loop, what it waits for, and who unblocks it:
 
-| loop                  | consumes                  | waits for                              | unblocked by                          |
-|-----------------------|---------------------------|----------------------------------------|---------------------------------------|
-| sampling.feed         | prompts, retries          | capacity of a generator (admission)    | a trained step, an installed version  |
-| sampling.follow       | one issued group          | generator, verifier (each a deadline)  | their answer, or the deadline         |
-| fleet.install         | the newest manifest       | a generator to apply it                | its answer, or weights.deadline_s     |
-| training.run          | the buffer, oldest first  | a full batch; overdue groups           | follow; late_deadline_s               |
-| training.publish      | the learner's new version | the learner's ranks                    | their answer, or learner.deadline_s   |
+| loop             | consumes                  | waits for                           | unblocked by                      |
+|------------------|---------------------------|-------------------------------------|-----------------------------------|
+| sampling.feed    | prompts, retries          | capacity of a generator (admission) | a trained or dropped group        |
+| sampling.follow  | one issued group          | generator, verifier                 | their answer, or their deadline   |
+| fleet.install    | the newest manifest       | a generator to apply it             | its answer, or weights.deadline_s |
+| training.run     | the buffer, oldest first  | a full batch; overdue groups        | follow; late_deadline_s           |
+| training.publish | the learner's new version | the learner's ranks                 | their answer; learner.deadline_s  |
 
 Bounds: groups in flight and buffered together never exceed (max_staleness + 1) x batch_prompts (``admission``).
 """

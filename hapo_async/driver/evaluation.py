@@ -63,9 +63,7 @@ class Evaluator:
             # Evaluation keys live in negative epochs: they never meet a training key.
             plan.setdefault(generator.name, []).append((index, GroupKey(-1 - step, f"{name}/{prompt.uid}", 0)))
         results: dict[int, Scored] = {}
-        await asyncio.gather(
-            *(self._share(g, plan[g.name], prompts, results) for g in generators if g.name in plan)
-        )
+        await asyncio.gather(*(self._share(g, plan[g.name], prompts, results) for g in generators if g.name in plan))
         missing = [i for i in range(len(prompts)) if i not in results]
         for index in missing:
             results[index] = await self._again(name, prompts[index], step)

@@ -28,7 +28,14 @@ class Journal:
     """One row per step, from what each part measured of itself."""
 
     def __init__(
-        self, config: Config, folder: RunDir, writer: metrics.Writer, view: LiveView, fleet: Fleet, judges: Judges, sampler: Sampler
+        self,
+        config: Config,
+        folder: RunDir,
+        writer: metrics.Writer,
+        view: LiveView,
+        fleet: Fleet,
+        judges: Judges,
+        sampler: Sampler,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -97,16 +104,19 @@ class Journal:
         }
         if not sampled:
             return out
-        rewards = [g.gated.rewards[g.gated.judged] for g in sampled]
+        rewards = [r for g in sampled if len(r := g.gated.rewards[g.gated.judged])]
         lengths = [n for g in sampled for n in g.header.lengths]
         reasons = [r for g in sampled for r in g.header.finish_reasons]
         gates = [g.gated.gate for g in sampled]
+        if rewards:
+            out |= {
+                "reward/mean": float(np.concatenate(rewards).mean()),
+                "reward/std": float(np.mean([r.std() for r in rewards])),
+                "groups/zero_variance_frac": float(np.mean([r.max() == r.min() for r in rewards])),
+                "groups/solved_frac": float(np.mean([r.max() >= 1 for r in rewards])),
+                "groups/all_correct_frac": float(np.mean([r.min() >= 1 for r in rewards])),
+            }
         out |= {
-            "reward/mean": float(np.concatenate(rewards).mean()),
-            "reward/std": float(np.mean([r.std() for r in rewards])),
-            "groups/zero_variance_frac": float(np.mean([r.max() == r.min() for r in rewards])),
-            "groups/solved_frac": float(np.mean([r.max() >= 1 for r in rewards])),
-            "groups/all_correct_frac": float(np.mean([r.min() >= 1 for r in rewards])),
             "response/length_mean": float(np.mean(lengths)),
             "response/length_max": float(max(lengths)),
             "response/truncated_frac": float(np.mean([r == "length" for r in reasons])),
@@ -114,6 +124,9 @@ class Journal:
             "gate/open_frac": float(np.mean([d.is_open for d in gates])),
             "gate/confidence": float(np.mean([d.confidence for d in gates])),
             "gate/no_teacher": sum(d.reason.startswith("no teacher") for d in gates),
+            "gate/blocked": sum(d.reason.startswith("blocked") for d in gates),
+            "gate/degenerate": sum(all(r.reward == 1 for r in g.train.rows) for g in injected),
+            "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
         }
         return out
 
@@ -139,17 +152,21 @@ class Journal:
             "buffer/fill": len(trainer.buffer) / trainer.buffer.capacity,
             "weights/version": trained.step,
             "weights/lag": max(lags.values(), default=0),
+            **{f"weights/version/{g.name}": g.installed.step for g in alive if g.installed},
             **{f"weights/lag/{name}": lag for name, lag in lags.items()},
             "scale/generators": len(alive),
             "scale/verifiers": self.judges.count,
             "scale/learners": self.config.learner.ranks,
             "staleness/dropped": trainer.expired + tally.late,
+            "staleness/late": trainer.late,
+            "staleness/truncated": trainer.truncated,
+            "verify/queue": sum(f.stage == "verifying" for f in self.sampler.flights.values()),
             **{f"verify/{v}": tally.verdicts.get(v, 0) for v in ("unparseable", "timeout", "oom", "crash")},
             **ledger,
         }
-        trainer.expired = 0
+        trainer.expired = trainer.late = trainer.truncated = 0
         if tally.verify_s:
-            out |= {"time/verify_s": float(np.mean(tally.verify_s)), "verify/p50_s": float(np.median(tally.verify_s))}
+            out["time/verify_s"] = float(np.mean(tally.verify_s))
         if tally.generate_s:
             out["time/generate_s"] = float(np.mean(tally.generate_s))
         if installs:

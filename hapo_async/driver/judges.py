@@ -28,11 +28,12 @@ class Judges:
 
     @classmethod
     async def start(cls, config: Config) -> Judges:
-        actors = {}
+        actors: dict[str, Any] = {}
+        remote: Any = VerifierActor
         for index in range(config.verifier.count):
             name = f"verifier-{index}"
             options = {"max_concurrency": 1000, "max_restarts": 0}
-            actors[name] = VerifierActor.options(**options).remote(
+            actors[name] = remote.options(**options).remote(
                 config.verifier.name, config.verifier.workers, config.verifier.timeout_s
             )
         refs = {name: actor.ready.remote() for name, actor in actors.items()}
@@ -54,7 +55,9 @@ class Judges:
             name = min(self._actors, key=lambda n: self._outstanding[n])
             self._outstanding[name] += answers
             try:
-                ref = self._actors[name].judge.remote(payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra))
+                ref = self._actors[name].judge.remote(
+                    payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra)
+                )
                 return await answer(ref, deadline_s, name)
             except CallFailed as error:
                 if not error.gone:

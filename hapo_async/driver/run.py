@@ -61,6 +61,8 @@ def train(prepared: Prepared) -> Outcome:
             return asyncio.run(_Run(prepared, folder, cluster, resumed).go())
         finally:
             cluster.stop()
+            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+                report.write(folder.path)
 
 
 def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | None:
@@ -113,10 +115,10 @@ class _Run:
                 raise
             finished = not self.trainer.stopping
             self.journal.status("done" if finished else "stopped", self.trainer)
-        with contextlib.suppress(OSError):
-            report.write(self.folder.path)
         seconds = time.monotonic() - self.began
-        return Outcome(self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals)
+        return Outcome(
+            self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals
+        )
 
     # ---------------------------------------------------------------- coming up
 

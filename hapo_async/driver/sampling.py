@@ -23,8 +23,8 @@ from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
 from hapo_async.ledger import Ledger
 from hapo_async.types import (
-    GatedGroup,
     GateDecision,
+    GatedGroup,
     GroupHeader,
     GroupKey,
     GroupRequest,
@@ -172,7 +172,9 @@ class Sampler:
 
     def _issue_demonstrations(self) -> None:
         """Algorithms that learn from demonstrations alone need no generator: prompts go straight to the buffer."""
-        while self.ledger.untrained - self.ledger.to_retry < self.config.train.batch_prompts * (self.config.max_staleness + 1):
+        while self.ledger.untrained - self.ledger.to_retry < self.config.train.batch_prompts * (
+            self.config.max_staleness + 1
+        ):
             if (found := self._next_prompt()) is None:
                 return
             epoch, prompt = found
@@ -250,7 +252,13 @@ class Sampler:
         rewards = [j.reward or 0.0 for j in judgements]
         judged = [j.verdict.is_judged for j in judgements]
         return gate.decide(
-            rewards, judged, prompt.teachers, header.lengths, header.answer_steps, config=self.config.gate, rng_seed=seed
+            rewards,
+            judged,
+            prompt.teachers,
+            header.lengths,
+            header.answer_steps,
+            config=self.config.gate,
+            rng_seed=seed,
         )
 
     # ---------------------------------------------------------------- giving up
@@ -265,7 +273,9 @@ class Sampler:
             self.ledger.drop(key, "failed")
             log.error("prompt %s failed %d times, last: %s", key.uid, MAX_ATTEMPTS, why)
             if self.ledger.dropped_reasons["failed"] > self.config.train.batch_prompts:
-                raise RunError(f"{self.ledger.dropped_reasons['failed']} prompts failed {MAX_ATTEMPTS} times each; last: {why}")
+                raise RunError(
+                    f"{self.ledger.dropped_reasons['failed']} prompts failed {MAX_ATTEMPTS} times each; last: {why}"
+                )
         else:
             self._retries.append((key.epoch, key.uid))
         self.wake()

@@ -34,8 +34,7 @@ class Prepared:
 def prepare(config: Config, gpus: bool | None = None) -> Prepared:
     """Checks and loads. gpus: whether the cluster has GPUs, None when that is not known yet."""
     algorithm = algorithms.get(config.algorithm)
-    options = algorithm.resolve(config.options)
-    algorithm.check_config(config)
+    options = algorithm.check_config(config)
     verify.resolve(config.verifier.name)
     check_libraries(config, gpus)
     model_path = data.resolve_model(config.model)
@@ -51,7 +50,7 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
             )
     if not prompts:
         raise DataError(f"{config.data.train!r} holds no usable prompt; see data.max_prompt_tokens and data.columns.")
-    eval_sets = {}
+    eval_sets: dict[str, list[Prompt]] = {}
     for source in config.data.eval:
         loaded, reports[source] = data.load_prompts(config, source, tokenizer, "eval")
         if not loaded:
@@ -85,5 +84,3 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1
     return unique
-
-

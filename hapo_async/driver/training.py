@@ -70,7 +70,7 @@ class Trainer:
         self.buffer = buffer
         self.version = version
         self.stopping = False
-        self.expired = 0
+        self.expired = self.late = self.truncated = 0  # groups, since the journal last looked
         self._bad_steps = 0
 
     async def publish(self) -> None:
@@ -135,6 +135,7 @@ class Trainer:
         began = time.monotonic()
         truncated = False
         deadline = began + self.config.staleness.late_deadline_s
+        self.late += len(self._late(step, eta))
         while late := self._late(step, eta):
             try:
                 await self._arrival(max(0.01, deadline - time.monotonic()))
@@ -142,6 +143,7 @@ class Trainer:
                 if self.config.staleness.late == "truncate" and not truncated:
                     truncated = True
                     deadline = time.monotonic() + self.config.staleness.late_deadline_s
+                    self.truncated += len(late)
                     await self.fleet.truncate(late)
                 else:
                     await self.sampler.give_up_late(self.fleet, late)

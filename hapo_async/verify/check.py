@@ -123,8 +123,8 @@ def read_cases(rows: Sequence[Mapping[str, Any]], path: str) -> list[Case]:
     if truth is None or not (models or (response and label)):
         raise DataError(
             f"{path} has columns {', '.join(columns)}. check-verifier needs a response ({', '.join(_RESPONSE)}), a "
-            f"truth ({', '.join(_TRUTH)}) and a label ({', '.join(_LABEL)}), or per model a {{is_correct, solution}} next to "
-            "ground_truth. Rename the columns."
+            f"truth ({', '.join(_TRUTH)}) and a label ({', '.join(_LABEL)}), or per model a {{is_correct, solution}} "
+            "next to ground_truth. Rename the columns."
         )
     cases = []
     for number, row in enumerate(rows, 1):

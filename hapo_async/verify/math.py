@@ -166,7 +166,7 @@ def _is_decimal(text: str) -> bool:
 
 def _close(a: Fraction, g: Fraction, exact: bool) -> bool:
     """Decimals agree to six places (relative below one); whole numbers and fractions exactly."""
-    return a == g if exact else abs(a - g) <= Fraction(1, 10**6) * min(1, abs(g))
+    return a == g if exact else abs(a - g) <= Fraction(1, 10**6) * min(Fraction(1), abs(g))
 
 
 def _without_name(text: str) -> str:
@@ -204,13 +204,14 @@ def _same_text(answer: str, gold: str) -> bool | None:
 
 @functools.cache
 def _math_verify() -> Any:
-    """The Math-Verify module; loading it takes a second."""
+    """The Math-Verify module, ready to parse; loading it takes a second."""
     if loading_hook:
         loading_hook(True)
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+    math_verify.parse("$1$", parsing_timeout=None)  # builds the grammar, most of the first judgement's time
     if loading_hook:
         loading_hook(False)
     return math_verify

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors import placement
+from actors import placement, weights
 from actors.learner import LearnerGroup, LearnerRank, check_overrides
-from hapo_async import batch
+from actors.reference import FrozenReference
+from hapo_async import batch, learn, metrics
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.types import Version
 from hapo_async.weights import Staging
 from tests import reference_loop, samples_learn
 
-STEPS = 5
+STEPS, SAVED = 5, 3
+PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 
 
 class SpyRank(LearnerRank):
@@ -43,14 +49,12 @@ class SpyRank(LearnerRank):
     def gradients(self) -> list[dict[str, torch.Tensor]]:
         return self.seen
 
-    def die_in_step(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
 
 async def _start(ray, config, model, rank_class=LearnerRank) -> LearnerGroup:
     resources = ray.cluster_resources()
     cluster = placement.Cluster(resources["CPU"], 0.0, None)
-    slot = await asyncio.to_thread(placement.reserve, cluster, config.learner.ranks, 0.5, "learner", 60.0)
+    name = f"learner-{uuid.uuid4().hex}"
+    slot = await asyncio.to_thread(placement.reserve, cluster, config.learner.ranks, 0.5, name, 60.0)
     return await LearnerGroup.start(config, model, cluster, slot, rank_class)
 
 
@@ -60,7 +64,7 @@ def _plans(ray, config, tasks, step: int):
     return batch.plan_step(groups, config.learner.ranks, config.learner.mini_batches, version)
 
 
-async def _weights(ray, learner: LearnerGroup, version: Version) -> dict[str, torch.Tensor]:
+async def _weights(learner: LearnerGroup, version: Version) -> dict[str, torch.Tensor]:
     manifest, refs = await learner.publish(version)
     staging = Staging(manifest)
     for bucket, ref in zip(manifest.buckets, refs, strict=True):
@@ -76,49 +80,186 @@ def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensors[name].reshape(-1).double() for name in sorted(tensors)])
 
 
+def _train(ray, learner, config, steps, first: int, last: int) -> list[dict[str, float]]:
+    async def run():
+        return [await learner.step(_plans(ray, config, steps[i], i)) for i in range(first, last)]
+
+    return asyncio.run(run())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A learner that trained all steps, what was seen on the way, and the learner itself, still alive."""
+
+    learner: LearnerGroup
+    metrics: list[dict[str, float]]
+    gradients: list[list[dict[str, torch.Tensor]]]  # by rank, by update
+    saved: dict[str, torch.Tensor]  # weights after SAVED steps
+    weights: dict[str, torch.Tensor]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture(scope="module")
 def steps():
     return [samples_learn.tasks(8, 4, seed=step) for step in range(STEPS)]
 
 
-@pytest.fixture(scope="module", params=["grpo", "hapo"])
-def reference(request, steps, chain_model):
-    """(algorithm, trace of the plain loop over the five steps)."""
-    model = AutoModelForCausalLM.from_pretrained(chain_model, dtype=torch.float32, attn_implementation="eager")
-    return request.param, reference_loop.train(model, steps, reference_loop.Recipe(request.param))
+@pytest.fixture(scope="module")
+def plain_loop(steps, model):
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    return reference_loop.train(policy, steps, reference_loop.Recipe("hapo"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_synchronous_training_equals_the_plain_loop(ray_session, chain_model, steps, reference, ranks):
-    algorithm, trace = reference
-    config = samples_learn.config(chain_model, algorithm, ranks=ranks)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def run(request, ray_session, model, steps, tmp_path_factory):
+    """HAPO on one rank (whole parameters) and on two (every parameter partitioned), saved on the way."""
+    config = _config(model, request.param)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    learner = asyncio.run(_start(ray_session, config, model, SpyRank))
+    metrics = _train(ray_session, learner, config, steps, 0, SAVED)
+    asyncio.run(learner.save(folder))
+    saved = asyncio.run(_weights(learner, Version(0, SAVED)))
+    metrics += _train(ray_session, learner, config, steps, SAVED, STEPS)
+    weights = asyncio.run(_weights(learner, Version(0, STEPS)))
+    yield Run(learner, metrics, ray_session.get([r.gradients.remote() for r in learner.ranks]), saved, weights, folder)
+    asyncio.run(learner.close())
 
-    async def run():
-        learner = await _start(ray_session, config, chain_model, SpyRank)
-        try:
-            metrics = [await learner.step(_plans(ray_session, config, tasks, i)) for i, tasks in enumerate(steps)]
-            weights = await _weights(ray_session, learner, Version(0, STEPS))
-            gradients = [await rank.gradients.remote() for rank in learner.ranks]
-            return metrics, weights, gradients
-        finally:
-            await learner.close()
 
-    metrics, weights, gradients = asyncio.run(run())
-    assert len(trace.gradients) == 2 * STEPS
-    for seen in gradients:
-        assert len(seen) == 2 * STEPS
-        for i, (mine, theirs) in enumerate(zip(seen, trace.gradients, strict=True)):
-            assert _flat(theirs).norm() > 1e-3, "a vanishing gradient would compare as equal"
-            # Later updates start from weights that already differ by rounding.
-            assert _relative(_flat(mine), _flat(theirs)) < 1e-6 * (1 + i), f"update {i}"
-    assert weights.keys() == trace.weights.keys()
-    moved = 0.0
-    start = AutoModelForCausalLM.from_pretrained(chain_model, dtype=torch.float32).state_dict()
-    for name, tensor in trace.weights.items():
-        torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=0)
-        moved = max(moved, float((tensor - start[name]).abs().max()))
-    assert moved > 1e-3, "five steps must move the weights, or the comparison shows nothing"
-    recipe = reference_loop.Recipe(algorithm)
-    expected = sum(len(row.tokens) for task in steps[-1] for row in reference_loop.rows(task, recipe))
-    assert metrics[-1]["train/tokens"] == expected
-    assert all(m["skipped"] == 0 and m["train/updates"] == 2 for m in metrics)
+def _config(model: str, ranks: int, algorithm: str = "hapo", **more):
+    return samples_learn.config(model, algorithm, ranks=ranks, zero={} if ranks == 1 else PARTITION_ALL, **more)
+
+
+def test_synchronous_training_equals_the_plain_loop(run, model, steps, plain_loop):
+    for seen in run.gradients:
+        assert len(seen) == len(plain_loop.gradients) == 2 * STEPS
+        for i, (mine, theirs) in enumerate(zip(seen, plain_loop.gradients, strict=True)):
+            assert _flat(theirs).norm() > 0.1, "a vanishing gradient would compare as equal"
+            assert _relative(_flat(mine), _flat(theirs)) < 1e-6, f"update {i}"
+    assert run.weights.keys() == plain_loop.weights.keys()
+    start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    for name, tensor in plain_loop.weights.items():
+        torch.testing.assert_close(run.weights[name], tensor, atol=1e-5, rtol=0)
+    assert max(float((tensor - start[name]).abs().max()) for name, tensor in plain_loop.weights.items()) > 1e-3
+    recipe = reference_loop.Recipe("hapo")
+    assert run.metrics[-1]["train/tokens"] == sum(
+        len(row.tokens) for task in steps[-1] for row in reference_loop.rows(task, recipe)
+    )
+    assert all(m["skipped"] == 0 and m["train/updates"] == 2 for m in run.metrics)
+    assert [m for m in run.metrics[-1] if m != "skipped" and metrics.find(m) is None] == []
+
+
+def test_the_saved_model_is_loaded_by_transformers_alone(run):
+    loaded = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
+    assert all(torch.equal(parameter, run.saved[name]) for name, parameter in loaded.named_parameters())
+    assert AutoTokenizer.from_pretrained(run.folder / "model").eos_token_id == loaded.config.eos_token_id
+    assert list((run.folder / "model").glob("*.safetensors"))
+    assert not list((run.folder / "model").glob("*.bin"))
+
+
+def test_a_new_learner_resumes_to_the_bit_and_a_frozen_rank_is_named(run, ray_session, model, steps):
+    ranks = len(run.learner.ranks)
+    config = _config(model, ranks)
+    learner = asyncio.run(_start(ray_session, config, model))
+    try:
+        asyncio.run(learner.load(run.folder))
+        metrics = _train(ray_session, learner, config, steps, SAVED, STEPS)
+        weights = asyncio.run(_weights(learner, Version(0, STEPS)))
+        assert all(torch.equal(weights[name], run.weights[name]) for name in weights)
+        rates = [m["policy/lr"] for m in run.metrics]
+        assert [m["policy/lr"] for m in metrics] == rates[SAVED:]
+        assert len(set(rates)) == STEPS, "a constant rate would resume by itself"
+        _lose(ray_session, learner, _config(model, ranks, deadline_s=4), steps, signal.SIGSTOP, "does not answer")
+    finally:
+        asyncio.run(learner.close())
+
+
+def test_a_killed_rank_is_named(run, ray_session, model, steps):
+    _lose(ray_session, run.learner, _config(model, len(run.learner.ranks)), steps, signal.SIGKILL, "died")
+
+
+def _lose(ray, learner, config, steps, number: int, says: str) -> None:
+    """Sends the last rank a signal: the next step is a RunError in time, and so is every later call."""
+    last = len(learner.ranks) - 1
+    learner.config = config
+    os.kill(ray.get(learner.ranks[last].ping.remote()), number)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=f"learner rank {last}.*{says}"):
+        _train(ray, learner, config, steps, 0, 1)
+    assert time.monotonic() - began < config.learner.deadline_s + 15
+    with pytest.raises(RunError, match=f"rank {last}"):
+        asyncio.run(learner.publish(Version(0, 1)))
+
+
+def test_anchored_optimisation_with_a_partitioned_reference_equals_one_process(ray_session, model, steps):
+    config = _config(model, 2, "hapo_apo")
+    learner = asyncio.run(_start(ray_session, config, model))
+    try:
+        metrics = _train(ray_session, learner, config, steps, 0, 2)
+        two = asyncio.run(_weights(learner, Version(0, 2)))
+    finally:
+        asyncio.run(learner.close())
+    policy = learn.load_policy(model, config, dtype=torch.float32, device="cpu")
+    whole = FrozenReference(model, config, dtype=torch.float32, device="cpu", engine_config=None)
+    alone = samples_learn.train_alone(learn.Learner(learn.TorchBackend(policy, config), config, whole), steps[:2])
+    assert metrics[-1]["apo/r_anchor_mean"] == pytest.approx(alone[-1]["apo/r_anchor_mean"], rel=1e-4)
+    assert metrics[-1]["apo/r_anchor_mean"] > 0
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(two[name], parameter.detach(), atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Without Ray
+
+
+class _Whole:
+    """A gatherer whose parameters are never partitioned; it counts the collectives it was asked for."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.gathers = rank, 0
+        self.model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(6)))
+
+    def named_parameters(self):
+        return self.model.named_parameters()
+
+    @contextlib.contextmanager
+    def gathered(self, parameters):
+        self.gathers += 1
+        yield
+
+
+def test_a_failing_sink_still_walks_all_weights():
+    """256 bytes each, two to a stretch: the other ranks expect three collectives, whatever the sink does."""
+    well, ill, other = _Whole(0), _Whole(0), _Whole(1)
+    assert [len(b.tensors) for b in weights.stream(well, 512, lambda bucket, data: None)] == [2, 2, 2]
+
+    def fail(bucket, data):
+        raise OSError("the store is full")
+
+    with pytest.raises(OSError, match="full"):
+        weights.stream(ill, 512, fail)
+    assert weights.stream(other, 512, fail) is None
+    assert well.gathers == ill.gathers == other.gathers == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimization"),
+        ({"gradient_clipping": 1.0}, "learner.grad_clip"),
+        ({"zero_optimization": {"stage": 2}}, "learner.zero_stage"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_comm"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "reduce_bucket_size"),
+    ],
+)
+def test_the_pass_through_section_is_checked_against_deepspeed(section, message):
+    with pytest.raises(ConfigError, match=message):
+        check_overrides(section)
+
+
+def test_a_valid_pass_through_section_is_accepted():
+    check_overrides({"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": False})

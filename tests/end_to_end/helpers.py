@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-def hapo(*arguments: str, timeout_s: float = 240, address: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess:
+def hapo(
+    *arguments: str, timeout_s: float = 240, address: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """Runs ``hapo-async ...``; ``address`` joins a running Ray, else the command starts its own."""
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
     environment.pop("RAY_ADDRESS", None)

@@ -22,7 +22,10 @@ TINY = [
 ]
 
 GSM8K = [
-    {"question": f"Tom has {i} apples and buys {i + 1} more. How many has he?", "answer": f"{i}+{i + 1}=<<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}"}
+    {
+        "question": f"Tom has {i} apples and buys {i + 1} more. How many has he?",
+        "answer": f"{i}+{i + 1}=<<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}",
+    }
     for i in range(1, 13)
 ]
 
@@ -66,7 +69,15 @@ def test_verl_parquet_with_luffy_targets_trains_for_three_steps(address, tiny_mo
     pandas.DataFrame(rows).to_parquet(path)
     run = tmp_path / "run"
     succeeded(
-        hapo("train", *TINY, f"model={tiny_model}", f"data.train={path}", "algorithm=luffy", f"run.dir={run}", address=address)
+        hapo(
+            "train",
+            *TINY,
+            f"model={tiny_model}",
+            f"data.train={path}",
+            "algorithm=luffy",
+            f"run.dir={run}",
+            address=address,
+        )
     )
     rows = rollouts(run)
     assert len(rows) == 12
@@ -76,27 +87,18 @@ def test_verl_parquet_with_luffy_targets_trains_for_three_steps(address, tiny_mo
 
 
 def test_a_reward_function_of_ones_own(address, tiny_model, tmp_path):
-    (tmp_path / "my_reward.py").write_text(
-        "def verify(prompt, response, truth):\n    return 1.0 if len(response) % 2 == 0 else 0.0\n"
-    )
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "answer": "x"}) for i in range(12)))
     run = tmp_path / "run"
-    import os
-
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        succeeded(
-            hapo(
-                "train", *TINY, f"model={tiny_model}", f"data.train={path}", "algorithm=grpo",
-                "verifier.name=my_reward:verify", f"run.dir={run}", "train.steps=2",
-            )
-        )  # fmt: skip
-    finally:
-        del os.environ["PYTHONPATH"]
-    for row in rollouts(run):
-        for answer in row["answers"]:
-            assert answer["reward"] in (0.0, 1.0)
+    succeeded(
+        hapo(
+            "train", *TINY, f"model={tiny_model}", f"data.train={path}", "algorithm=grpo", "train.steps=2",
+            "verifier.name=tests.rewards:even", f"run.dir={run}", address=address,
+        )
+    )  # fmt: skip
+    answers = [a for r in rollouts(run) for a in r["answers"]]
+    assert {a["reward"] for a in answers} == {0.0, 1.0}
+    assert all(a["reward"] == float(len(a["text"]) % 2 == 0) for a in answers)
 
 
 def test_evaluation_of_benchmark_files(address, tiny_model, tmp_path):
@@ -122,5 +124,5 @@ def test_the_verifier_is_checked_against_labels(tmp_path):
     ]
     path.write_text("\n".join(json.dumps(r) for r in rows))
     report = json.loads(succeeded(hapo("check-verifier", str(path), "--json")))
-    assert report["total"] == 3 and len(report["disagreements"]) == 1
+    assert report["cases"] == 3 and len(report["disagreements"]) == 1
     assert report["agreement"] == pytest.approx(2 / 3)

@@ -28,7 +28,7 @@ def head(tmp_path_factory):
     """A Ray head on loopback with a job server; ended by the pids that it started."""
     gcs, dashboard = free_port(), free_port()
     environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    temp = Path("/tmp") / f"rj{os.getpid()}"  # noqa: S108 - Ray's socket paths must be short
+    temp = Path("/tmp") / f"rj{os.getpid()}"
     command = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={temp}",

@@ -1,0 +1,99 @@
+"""What runs inside vLLM's worker processes: a weight transfer engine that reads a safetensors file on this node.
+
+vLLM imports this module in every worker because ``WorkerExtension`` is named as ``worker_extension_cls``; importing it
+registers the transfer engine. The generator writes the file into shared memory and removes it after the update.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "hapo_file"
+EXTENSION = "actors.vllm_transfer.WorkerExtension"
+
+
+@dataclass
+class FileInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    """path: a safetensors file with the whole model under Hugging Face names."""
+
+    path: str
+
+
+class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
+    """Loads a full checkpoint from a file, layer by layer: on CPUs vLLM prepacks weights, so they are reloaded and
+    processed as at the start rather than written in place."""
+
+    init_info_cls = FileInit
+    update_info_cls = FileUpdate
+
+    def init_transfer_engine(self, init_info: FileInit) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # the base class synchronises an accelerator that a CPU does not have
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        self.model.load_weights(_tensors(update_info.path))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # An output head tied to the embedding receives no tensor of its own, so the reload passes it by; on CPUs it
+            # would go on with the copy of the old weights that was packed for the matrix kernel.
+            for module in self.model.modules():
+                if isinstance(module, VocabParallelEmbedding):
+                    module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            yield name, file.get_tensor(name)
+
+
+class WorkerExtension:
+    """Adds nothing to the worker; naming it makes vLLM import this module there."""
+
+
+def _die_with_parent() -> None:
+    """Ends this process as soon as the generator that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
+threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+if not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported():
+    torch.cpu._init_amx()  # bfloat16 kernels on AMX machines otherwise end the process with SIGILL

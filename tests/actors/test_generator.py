@@ -1,0 +1,285 @@
+"""Both engines behind the generator actor: weights that change in flight, transactions, truncation, and clean ends.
+
+The model is random with large weights: answers are long, their ends are random, and two versions differ clearly.
+"""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import actors  # noqa: F401 (keeps a Ray of our own on loopback, when it comes before the first import of ray)
+from hapo_async import weights
+from hapo_async.config import parse
+from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Segment, Source, Version, VersionSpan
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+DEADLINE_S = 60
+LONGEST = 300
+
+
+def random_model(chain_model: str, seed: int):
+    config = AutoModelForCausalLM.from_pretrained(chain_model).config
+    config.initializer_range = 0.1
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def served(request, ray_session, chain_model, tmp_path_factory):
+    """A started generator: engine, actor, ray, and ``models``, which holds the weights of each version installed."""
+    if request.param == "vllm":
+        pytest.importorskip("vllm")
+    from actors.generator import GeneratorActor
+
+    folder = tmp_path_factory.mktemp("model")
+    model = random_model(chain_model, 0)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(chain_model).save_pretrained(folder)
+    config = parse({"generator": {"engine": request.param}, "sampling": {"max_tokens": LONGEST}, "data": {"max_prompt_tokens": 100}})
+    actor = (
+        ray_session.remote(GeneratorActor)
+        .options(num_cpus=1, max_concurrency=1000)
+        .remote("generator-0", str(folder), config.model_dump(mode="json"), {"device": "cpu"})
+    )
+    pid = ray_session.get(actor.ready.remote(), timeout=150)["pid"]
+    yield SimpleNamespace(
+        engine=request.param, actor=actor, ray=ray_session, pid=pid, models={Version(0, 0): model}, chain=chain_model
+    )
+    ray_session.kill(actor)
+
+
+def get(served, ref):
+    return served.ray.get(ref, timeout=DEADLINE_S)
+
+
+def requests(name: str, groups: int, prefixes: tuple[Answer, ...] = (), **sampling) -> list[GroupRequest]:
+    rng = np.random.default_rng(len(name))
+    return [
+        GroupRequest(
+            GroupKey(0, f"{name}-{i}", 0),
+            rng.integers(2, 100, 5 + 3 * i).astype(np.int32),
+            Sampling(**{"n": 4, "max_tokens": LONGEST - 100, **sampling}),
+            prefixes,
+        )
+        for i in range(groups)
+    ]
+
+
+def collect(served, asked: list[GroupRequest]) -> list[Group]:
+    refs = [served.actor.collect.remote(r.key) for r in asked]
+    headers, groups = get(served, [h for h, _ in refs]), get(served, [g for _, g in refs])
+    for header, group in zip(headers, groups, strict=True):
+        assert header.key == group.key
+        assert header.lengths == tuple(a.length for a in group.answers)
+        assert header.finish_reasons == tuple(a.finish_reason for a in group.answers)
+    return groups
+
+
+def stream(model, version: Version) -> tuple[weights.Manifest, list[np.ndarray]]:
+    pieces = list(weights.pack(model.named_parameters(), 100_000))
+    assert len(pieces) > 2
+    return weights.Manifest(version, tuple(b for b, _ in pieces)), [d for _, d in pieces]
+
+
+def install(served, step: int) -> dict:
+    model = random_model(served.chain, step)
+    manifest, data = stream(model, Version(1, step))
+    report = get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+    served.models[manifest.version] = model
+    return report
+
+
+def stats(served) -> dict:
+    return get(served, served.actor.stats.remote())
+
+
+def wait_for_tokens(served, more: int = 1) -> None:
+    """Until some answers moved on: on vLLM, until some ended."""
+    goal, end = stats(served)["tokens"] + more, time.monotonic() + DEADLINE_S
+    while stats(served)["tokens"] < goal:
+        assert time.monotonic() < end
+
+
+@torch.no_grad()
+def logp(model, prompt: np.ndarray, answer: Answer) -> np.ndarray:
+    """float64 [T]: log-probs of one answer, from one plain forward without a cache."""
+    ids = torch.from_numpy(np.concatenate([prompt, answer.tokens]).astype(np.int64))[None]
+    logp = torch.log_softmax(model(ids).logits[0].double(), -1)
+    return logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+def errors(served, groups: list[Group]) -> float:
+    """Largest error of a recorded log-prob against the model of that token's version."""
+    worst = 0.0
+    for group in groups:
+        for answer in group.answers:
+            for span in answer.spans:
+                cut = slice(span.start, span.end)
+                expected = logp(served.models[span.version], group.prompt_tokens, answer)[cut]
+                worst = max(worst, np.abs(expected - answer.logp_behave[cut]).max())
+    return worst
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_updates_in_flight_drop_no_answer_and_each_token_knows_its_version(served):
+    asked = requests("flight", 24)
+    get(served, served.actor.submit.remote(asked))
+    wait_for_tokens(served)
+    first = install(served, 1)
+    wait_for_tokens(served)
+    install(served, 2)
+    groups = collect(served, asked)
+
+    assert first["version"] == "1.1" and first["bytes"] > 300_000 and first["pause_s"] > 0
+    assert [g.key for g in groups] == [r.key for r in asked]
+    assert all(len(g.answers) == 4 for g in groups)
+    answers = [a for g in groups for a in g.answers]
+    for answer in answers:
+        versions = [s.version for s in answer.spans]
+        assert versions == sorted(set(versions))
+        assert [s.start for s in answer.spans] == [0, *(s.end for s in answer.spans[:-1])]
+        assert answer.spans[-1].end == answer.length
+    crossing = [g for g in groups if any(len(a.spans) > 1 for a in g.answers)]
+    assert crossing
+    assert errors(served, groups) < 1e-4
+    swapped = SimpleNamespace(models={v: served.models[Version(0, 0)] for v in served.models})
+    assert errors(swapped, crossing) > 0.1  # the check above can tell versions apart
+
+
+def test_end_of_text_is_a_sampled_token_and_reasons_are_right(served):
+    asked = requests("reasons", 12, max_tokens=60)
+    get(served, served.actor.submit.remote(asked))
+    groups = collect(served, asked)
+    answers = [a for g in groups for a in g.answers]
+    assert {a.finish_reason for a in answers} == {"stop", "length"}
+    for answer in answers:
+        ends = np.flatnonzero(answer.tokens == 1)
+        assert (answer.finish_reason == "stop") == bool(len(ends))
+        assert answer.length == (ends[0] + 1 if len(ends) else 60)
+        assert np.isfinite(answer.logp_behave).all()
+        assert answer.text and "<eos>" not in answer.text
+    assert errors(served, groups) < 1e-4
+
+
+@pytest.mark.parametrize("damage", ["digest", "missing bucket", "wrong tensors"])
+def test_a_failed_install_leaves_the_old_version_serving(served, damage):
+    before = stats(served)["version"]
+    manifest, data = stream(random_model(served.chain, 9), Version(2, 0))
+    if damage == "digest":
+        data[1] = data[1].copy()
+        data[1][7] ^= 1
+    elif damage == "missing bucket":
+        data = data[:-1]
+    else:
+        manifest = weights.Manifest(Version(2, 0), manifest.buckets[:-1])
+        data = data[:-1]
+    asked = requests(damage, 4, max_tokens=40)
+    get(served, served.actor.submit.remote(asked))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="digest|never arrived"):
+        get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+    assert stats(served)["version"] == before
+    groups = collect(served, asked)
+    assert {str(s.version) for g in groups for a in g.answers for s in a.spans} == {before}
+    assert errors(served, groups) < 1e-4
+
+
+def test_versions_never_go_back(served):
+    install(served, 3)
+    manifest, data = stream(served.models[Version(0, 0)], Version(0, 9))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="older than the installed"):
+        get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+
+
+# ---------------------------------------------------------------- requests
+
+
+def test_greedy_answers_are_those_of_the_plain_model(served):
+    (asked,) = requests("greedy", 1, n=1, temperature=0.0, max_tokens=20)
+    get(served, served.actor.submit.remote([asked]))
+    (group,) = collect(served, [asked])
+    (answer,) = group.answers
+    model = served.models[answer.spans[0].version]
+    ids = torch.from_numpy(np.concatenate([asked.prompt_tokens, answer.tokens]).astype(np.int64))[None]
+    assert np.array_equal(answer.tokens, model(ids).logits[0, len(asked.prompt_tokens) - 1 : -1].argmax(-1).numpy())
+    assert errors(served, [group]) < 1e-4  # at temperature 1
+    assert group.temperature == 1.0
+
+
+def test_truncated_groups_come_back_as_they_are(served):
+    asked = requests("truncate", 8, n=8)
+    get(served, served.actor.submit.remote(asked))
+    get(served, served.actor.truncate.remote([r.key for r in asked]))
+    groups = collect(served, asked)
+    answers = [a for g in groups for a in g.answers]
+    assert all(1 <= a.length < LONGEST - 100 for a in answers)
+    cut = [a for a in answers if a.tokens[-1] != 1]
+    assert cut and {a.finish_reason for a in cut} == {"length"}
+    assert errors(served, groups) < 1e-4
+
+
+def test_aborted_groups_are_forgotten(served):
+    asked = requests("abort", 6)
+    get(served, served.actor.submit.remote(asked))
+    waiting, _ = served.actor.collect.remote(asked[0].key)
+    time.sleep(0.05)
+    get(served, served.actor.abort.remote([r.key for r in asked[:5]]))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="aborted"):
+        get(served, waiting)
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="abort-1/0 is not here"):
+        get(served, served.actor.collect.remote(asked[1].key)[0])
+    assert len(collect(served, asked[5:])) == 1
+    assert stats(served)["running_sequences"] == stats(served)["running_groups"] == 0
+
+
+def test_unknown_collected_and_repeated_keys_are_clear_errors(served):
+    (asked,) = requests("once", 1, max_tokens=3)
+    get(served, served.actor.submit.remote([asked]))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="submitted twice"):
+        get(served, served.actor.submit.remote([asked]))
+    collect(served, [asked])
+    for key in (asked.key, GroupKey(5, "nobody", 0)):
+        with pytest.raises(served.ray.exceptions.RayTaskError, match="is not here"):
+            get(served, served.actor.collect.remote(key)[0])
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="sampling.max_tokens"):
+        get(served, served.actor.submit.remote(requests("long", 1, max_tokens=5000)))
+
+
+def test_a_prefix_is_continued_and_keeps_its_spans(served):
+    tokens = np.arange(20, 30, dtype=np.int32)
+    old = VersionSpan(Version(0, 0), 0, 10)
+    prefix = Answer(1, (Segment(Source.POLICY, tokens, np.zeros(10, np.float32), (old,)),), "abort")
+    (asked,) = requests("prefix", 1, n=2, max_tokens=25, prefixes=(prefix,))
+    get(served, served.actor.submit.remote([asked]))
+    (group,) = collect(served, [asked])
+    fresh, resumed = group.answers
+    assert fresh.spans[0].start == 0 and fresh.spans[0].version == resumed.spans[1].version
+    assert np.array_equal(resumed.tokens[:10], tokens) and resumed.spans[0] == old
+    assert 10 < resumed.length <= 25
+    expected = logp(served.models[resumed.spans[1].version], asked.prompt_tokens, resumed)[10:]
+    assert np.abs(expected - resumed.logp_behave[10:]).max() < 1e-4
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_nothing_listens_on_a_wildcard_address(served):
+    family = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
+    assert (len(family) > 1) == (served.engine == "vllm")
+    listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening and not {"0.0.0.0", "::", "*"} & set(listening)
+
+
+def test_a_killed_generator_leaves_no_process(served):
+    family = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
+    served.ray.kill(served.actor)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
