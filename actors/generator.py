@@ -67,7 +67,9 @@ class GeneratorActor:
     async def _start(self) -> engines.Engine:
         from transformers import AutoTokenizer
 
-        self._tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self.model_path, trust_remote_code=False)
+        self._tokenizer = await asyncio.to_thread(
+            AutoTokenizer.from_pretrained, self.model_path, trust_remote_code=False
+        )
         if self._kind == "vllm":
             return await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device, self.name)
         dtype = self.config.generator.dtype
@@ -93,7 +95,9 @@ class GeneratorActor:
 
     def _group(self, sampled: Sampled) -> Group:
         request = sampled.request
-        policy = [np.concatenate([s.tokens for s in a.segments if s.source is not Source.PROMPT]) for a in sampled.answers]
+        policy = [
+            np.concatenate([s.tokens for s in a.segments if s.source is not Source.PROMPT]) for a in sampled.answers
+        ]
         texts = self._tokenizer.batch_decode(policy, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         answers = tuple(
             Answer(a.index, a.segments, a.finish_reason, text) for a, text in zip(sampled.answers, texts, strict=True)

@@ -148,10 +148,9 @@ class LearnerGroup:
         count = config.learner.ranks
         settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1}}
         actor: Any = ray.remote(**settings)(rank_class)
-        device = "cuda" if slot.gpus else "cpu"
         ranks = [
             actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
-                i, count, config, model_path, device
+                i, count, config, model_path, cluster.device
             )
             for i in range(count)
         ]

@@ -89,36 +89,43 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray offers. gpus / cpus: totals. ``local`` is set when this process started Ray."""
+    """What Ray offers. gpus / cpus: totals. ``local`` is set when this call started Ray, ``joined`` when it joined one."""
 
     cpus: float
     gpus: float
     local: LocalRay | None
+    joined: bool
 
     @property
     def device(self) -> str:
         return "cuda" if self.gpus >= 1 else "cpu"
 
     def stop(self) -> None:
+        """Leaves things as they were: a Ray that was there before goes on."""
         if self.local:
             self.local.stop()
-        else:
+        elif self.joined:
             ray.shutdown()
 
 
 def join(actors: int) -> Cluster:
-    """Joins the cluster that RAY_ADDRESS names (as ``ray job submit`` sets it), else starts a local Ray.
+    """Uses the Ray of this process if there is one; else joins the cluster that RAY_ADDRESS names (as ``ray job submit``
+    sets it); else starts a local Ray.
 
     actors: how many actors will run; a local Ray declares at least that many CPUs, so that nothing waits for ever.
     """
     local = None
-    if os.environ.get("RAY_ADDRESS"):
+    joined = False
+    if ray.is_initialized():
+        log.info("using the Ray that this process is connected to")
+    elif os.environ.get("RAY_ADDRESS"):
+        joined = True
         environment = {"env_vars": ACTOR_ENV}
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=environment)
     else:
         local = LocalRay(num_cpus=max(actors, os.cpu_count() or 1))
     resources = ray.cluster_resources()
-    return Cluster(resources.get("CPU", 1.0), resources.get("GPU", 0.0), local)
+    return Cluster(resources.get("CPU", 1.0), resources.get("GPU", 0.0), local, joined)
 
 
 @dataclass(frozen=True)
@@ -160,10 +167,6 @@ def cpu_share(cluster: Cluster, actors: int) -> float:
     share = max(0.01, int(100 * cluster.cpus / actors) / 100)
     log.warning("%d actors share %g CPUs (%g each): they will compete for cores", actors, cluster.cpus, share)
     return share
-
-
-def node_ip(cluster: Cluster) -> str:
-    return ray.util.get_node_ip_address() if cluster.local is None else "127.0.0.1"
 
 
 def wait_ready(named: dict[str, Any], timeout_s: float = 300.0) -> dict[str, Any]:

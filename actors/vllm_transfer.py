@@ -60,7 +60,8 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: FileUpdate) -> None:
-        self.model.load_weights(_tensors(update_info.path))
+        model: Any = self.model
+        model.load_weights(_tensors(update_info.path))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -13,7 +13,10 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -258,9 +261,11 @@ class ZeroBackend:
         """DeepSpeed's own state (each rank its shard) in ``folder``; a collective."""
         self.engine.save_checkpoint(str(folder), tag="zero")
 
-    def load(self, folder: Path) -> None:
-        """Restores what ``save`` wrote; a collective."""
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """Restores what ``save`` wrote, or its conversion to DeepSpeed's universal format; a collective."""
+        self.engine._config.load_universal_checkpoint = universal
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
 
@@ -317,18 +322,45 @@ def save_state(backend: ZeroBackend, folder: Path, rank_state: dict[str, Any]) -
 
 
 def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
-    """Restores weights and optimizer; returns this rank's own state. RunError for another rank count or stage."""
+    """Restores weights and optimizer; returns this rank's own state (rank 0's, where fewer ranks wrote it).
+
+    What another number of ranks wrote is first converted to DeepSpeed's universal format, next to the checkpoint's
+    folder. Raises RunError for another ZeRO stage and for a failed conversion.
+    """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    here = {"ranks": backend.world_size, "zero_stage": backend.stage}
-    for key, config_key in (("ranks", "learner.ranks"), ("zero_stage", "learner.zero_stage")):
-        if meta[key] != here[key]:
-            raise RunError(
-                f"the checkpoint {folder.parent} was written with {config_key}={meta[key]}, this run has {here[key]}; "
-                f"DeepSpeed's state is cut to that shape. Resume with {config_key}={meta[key]}, or start a new run "
-                f"with model={folder.parent / 'model'}."
-            )
-    backend.load(folder)
-    return torch.load(folder / f"rank{backend.rank}.pt", weights_only=True)
+    if meta["zero_stage"] != backend.stage:
+        raise RunError(
+            f"the checkpoint {folder.parent} was written with learner.zero_stage={meta['zero_stage']}, this run has "
+            f"{backend.stage}; DeepSpeed's state is cut to that shape. Resume with learner.zero_stage="
+            f"{meta['zero_stage']}, or start a new run with model={folder.parent / 'model'}."
+        )
+    if meta["ranks"] == backend.world_size:
+        backend.load(folder)
+    else:
+        _load_resharded(backend, folder, meta["ranks"])
+    rank = backend.rank if backend.rank < meta["ranks"] else 0
+    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
+
+
+def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
+    """Loads shards of ``ranks`` ranks into another number of them. The converter is DeepSpeed's own program."""
+    target = folder.parent.with_name(f".{folder.parent.name}-universal")
+    failure = ""
+    if backend.rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(folder / "zero"), "--output_folder", str(target / "zero")]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        failure = done.stderr[-2000:] if done.returncode else ""
+    if backend.agree_max([int(bool(failure))])[0]:
+        raise RunError(f"the state in {folder} of {ranks} ranks could not be converted for {backend.world_size}: {failure}")
+    try:
+        backend.load(target, universal=True)
+    finally:
+        _barrier(backend)
+        if backend.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
 
 
 def _barrier(backend: ZeroBackend) -> None:

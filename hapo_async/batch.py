@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Layout = Literal["padded", "packed"]
 
 # What starting one more micro-batch costs, in token columns: fewer, fuller micro-batches win against less padding.
-LAUNCH_TOKENS = 384
+LAUNCH_TOKENS = 768
 
 
 # --------------------------------------------------------------------------------------------------------------------

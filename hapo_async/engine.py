@@ -73,7 +73,9 @@ class Mailbox:
         """Raises EngineError, with nothing opened, when a key is in use."""
         taken = [k for k in keys if k in self._slots]
         if taken or len(set(keys)) < len(keys):
-            raise EngineError(f"groups {', '.join(map(str, taken or keys))} were submitted twice; use a new attempt number")
+            raise EngineError(
+                f"groups {', '.join(map(str, taken or keys))} were submitted twice; use a new attempt number"
+            )
         loop = asyncio.get_running_loop()
         for key in keys:
             slot = loop.create_future()
@@ -110,7 +112,9 @@ def check_manifest(manifest: Manifest, installed: Version) -> None:
     if manifest.kind != "full":
         raise TransferError(f"version {manifest.version} is a {manifest.kind}; engines install full versions")
     if manifest.version < installed:
-        raise TransferError(f"version {manifest.version} is older than the installed {installed}; versions never go back")
+        raise TransferError(
+            f"version {manifest.version} is older than the installed {installed}; versions never go back"
+        )
 
 
 def stop_ids(tokenizer: Any, model_config: Any, generation_config: Any = None) -> tuple[int, ...]:
@@ -129,7 +133,7 @@ def load_model(path: str, device: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, name), attn_implementation=ATTENTION, trust_remote_code=False
     )
     return model.to(device)

@@ -10,7 +10,6 @@ Shapes: R running rows (one row is one answer), V vocabulary, T tokens.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,70 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from hapo_async.draw import draw, noise_key, uniforms
 from hapo_async.slot_cache import SlotCache
 from hapo_async.types import Answer, GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
 
 PREFILL_TOKENS = 16384  # padded tokens of one prefill forward
 KV_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # answers wait while their keys and values might not fit into this
 _SAMPLE_ELEMENTS = 1 << 24  # float64 logits that exist at one time
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Noise and the draw
-
-
-def noise_key(seed: int, key: GroupKey, index: int) -> int:
-    """64 bits that name the noise of one answer."""
-    text = f"{seed}|{key.epoch}|{key.uid}|{key.attempt}|{index}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def uniforms(keys_R: np.ndarray, positions_R: np.ndarray) -> np.ndarray:
-    """float64 [R] in [0, 1): a pure function of (key, position). SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    z = keys_R + (positions_R.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)) * 2.0**-53
-
-
-def draw(
-    logits_RV: torch.Tensor,
-    temperature_R: torch.Tensor,
-    uniform_R: torch.Tensor,
-    top_p_R: torch.Tensor | None = None,
-    top_k_R: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples one token per row by inverting the cumulative distribution in float64.
-
-    temperature 0 takes the most likely token. Returns (tokens int64 [R], log-probs float32 [R]): the log-prob under the
-    distribution that was sampled from, at temperature 1 for a greedy row.
-    """
-    greedy = temperature_R == 0
-    scaled = logits_RV.double() / torch.where(greedy, 1.0, temperature_R)[:, None]
-    logp = torch.log_softmax(scaled, -1)
-    if top_p_R is not None and top_k_R is not None:
-        logp = _restrict(logp, top_p_R, top_k_R)
-    cumulative = logp.exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that the first larger entry exists and belongs to a token of positive probability.
-    target = torch.minimum(uniform_R[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    if greedy.any():
-        tokens = torch.where(greedy, logp.argmax(-1), tokens)
-    return tokens, logp.gather(-1, tokens[:, None]).squeeze(-1).float()
-
-
-def _restrict(logp_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tensor) -> torch.Tensor:
-    """Log-probs renormalised over the top-k tokens and the smallest set that holds top-p of the mass (0 and 1: all)."""
-    ordered, order = logp_RV.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ordered.shape[-1], device=ordered.device)
-    outside = (top_k_R[:, None] > 0) & (rank >= top_k_R[:, None])
-    inside = torch.log_softmax(ordered.masked_fill(outside, -torch.inf), -1)
-    before = inside.exp().cumsum(-1) - inside.exp()
-    outside |= (top_p_R[:, None] < 1) & (before >= top_p_R[:, None])
-    ordered = torch.log_softmax(ordered.masked_fill(outside, -torch.inf), -1)
-    return torch.empty_like(logp_RV).scatter_(-1, order, ordered)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,7 +114,9 @@ class Sampler:
     Not thread-safe: one thread calls everything.
     """
 
-    def __init__(self, model: Any, stop: Iterable[int], *, recompute: bool = True, version: Version | None = None) -> None:
+    def __init__(
+        self, model: Any, stop: Iterable[int], *, recompute: bool = True, version: Version | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.stop = np.array(sorted(stop), np.int64)
         self.recompute = recompute
@@ -300,7 +244,9 @@ class Sampler:
         parts = []
         for start in range(0, count, size):
             cut = slice(start, start + size)
-            parts.append(draw(logits_RV[cut], temperature[cut], uniform[cut], *(f if f is None else f[cut] for f in filters)))
+            parts.append(
+                draw(logits_RV[cut], temperature[cut], uniform[cut], *(f if f is None else f[cut] for f in filters))
+            )
         tokens, logp = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
         return tokens, logp
 
@@ -311,7 +257,10 @@ class Sampler:
         while self._waiting:
             job = self._waiting[0]
             rows = self.running + job.request.sampling.n
-            width = max(self._cache.cursor - self._cache.first, len(job.request.prompt_tokens)) + job.request.sampling.max_tokens
+            width = (
+                max(self._cache.cursor - self._cache.first, len(job.request.prompt_tokens))
+                + job.request.sampling.max_tokens
+            )
             if self.running and rows * width * self._token_bytes > budget:
                 break
             joined += self._start(self._waiting.popleft())
@@ -334,7 +283,9 @@ class Sampler:
             history = np.concatenate([prompt, prefix.tokens]) if prefix else prompt
             row = self.running
             self._rows.append(_Row(job, index, history, prefix))
-            self._set_row(row, history, offset, max(1, limit - offset), noise_key(sampling.seed, request.key, index), request)
+            self._set_row(
+                row, history, offset, max(1, limit - offset), noise_key(sampling.seed, request.key, index), request
+            )
             if fills and not prefix and len(fills[-1][0]) == len(prompt) - 1:
                 fills[-1] = (fills[-1][0], fills[-1][1], row + 1)
             else:
@@ -342,7 +293,9 @@ class Sampler:
         self._settle(job)
         return fills
 
-    def _set_row(self, row: int, history: np.ndarray, offset: int, limit: int, noise: int, request: GroupRequest) -> None:
+    def _set_row(
+        self, row: int, history: np.ndarray, offset: int, limit: int, noise: int, request: GroupRequest
+    ) -> None:
         c = self._columns
         c.grow(row + 1, 1)
         c.feed[row], c.position[row] = history[-1], len(history) - 1
@@ -404,7 +357,7 @@ class Sampler:
             self._settle(job)
 
     def _settle(self, job: _Job) -> None:
-        if job.is_complete and self._jobs.pop(job.request.key, None):
+        if job.is_complete and self._jobs.pop(job.request.key, None) is not None:
             answers = tuple(a for a in job.answers if a is not None)
             self._complete.append(Sampled(job.request, answers, time.monotonic() - job.since))
 

@@ -44,9 +44,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class _Layer(CacheLayerMixin):
     """One layer. ``owner.filling`` decides whether update() captures a prefill or extends the running rows."""
 
+    keys: torch.Tensor  # type: ignore[assignment]  # [rows, H, columns, D], from the first forward on
+    values: torch.Tensor  # type: ignore[assignment]
+
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()
         self.owner = owner
+        self.fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the last prefill
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = self._buffer(key_states)
@@ -91,7 +95,8 @@ class SlotCache(Cache):
         self.cursor = self.first = 0
         self.filling = False
         self.mask = torch.zeros((self.row_capacity, 1, 1, self.column_capacity), device=device, dtype=dtype)
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.slots = [_Layer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.slots))
 
     def reserve(self, rows: int, length: int) -> None:
         """Makes room for ``rows`` rows in all, for a sequence of ``length`` cached tokens, and for the next column."""
@@ -109,7 +114,7 @@ class SlotCache(Cache):
         shift = cursor - self.cursor
         kept = min(self.row_capacity, row_capacity)
         self.row_capacity, self.column_capacity = row_capacity, column_capacity
-        for layer in self.layers:
+        for layer in self.slots:
             if layer.is_initialized:
                 for name in ("keys", "values"):
                     old = getattr(layer, name)
@@ -128,20 +133,21 @@ class SlotCache(Cache):
         self.mask[row:end, ..., :start] = -torch.inf
         self.mask[row:end, ..., start:] = 0
         if length:
-            for layer in self.layers:
+            for layer in self.slots:
+                assert layer.fresh is not None
                 keys, values = layer.fresh
                 layer.keys[row:end, :, start : self.cursor] = keys[index, :, :length]
                 layer.values[row:end, :, start : self.cursor] = values[index, :, :length]
 
     def forget_prefill(self) -> None:
-        for layer in self.layers:
+        for layer in self.slots:
             layer.fresh = None
 
     def move_row(self, source: int, target: int) -> None:
         """Row ``target`` becomes what row ``source`` is."""
         used = slice(self.first, self.cursor)
         self.mask[target] = self.mask[source]
-        for layer in self.layers:
+        for layer in self.slots:
             layer.keys[target, :, used] = layer.keys[source, :, used]
             layer.values[target, :, used] = layer.values[source, :, used]
 

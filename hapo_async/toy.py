@@ -65,8 +65,9 @@ def rows(split: str, n: int, seed: int) -> list[Row]:
     seen: set[str] = set()
     while len(out) < n:
         k = rng.choice(EASY_STEPS if rng.random() < EASY_SHARE else HARD_STEPS)
-        row = write(draw(rng, k))
-        if split_of(row["prompt"]) == split and row["prompt"] not in seen:
+        chain = draw(rng, k)
+        row = write(chain)
+        if split_of(row["prompt"]) == split and row["prompt"] not in seen and not has_shortcut(chain):
             seen.add(row["prompt"])
             out.append(row)
     return out
@@ -87,6 +88,15 @@ def draw(rng: random.Random, k: int) -> Chain:
     operators = [rng.choice("+-*") for _ in range(k)]
     steps = [(op, rng.choice((2, 3)) if op == "*" else rng.randint(1, 9)) for op in operators]
     return Chain(start=rng.randrange(MODULUS), steps=steps)
+
+
+def has_shortcut(chain: Chain) -> bool:
+    """Whether boxing the start or an intermediate value would be right by coincidence. Rows have no such chains: their
+    rewards for stopping one step later, not at once, would teach plain GRPO to go on."""
+    values = [chain["start"]]
+    for op, d in chain["steps"]:
+        values.append(apply(values[-1], op, d))
+    return values[-1] in values[:-1]
 
 
 def write(chain: Chain) -> Row:

@@ -73,6 +73,12 @@ def test_solutions_follow_from_their_prompts():
         assert row["solution"].endswith(f";\\boxed{{{value}}}")
 
 
+def test_boxing_an_intermediate_value_never_earns_the_reward_by_coincidence():
+    for row in toy.rows("train", 1024, seed=0):
+        before = [value for _, value, _, _, _ in STEP.findall(row["solution"])]
+        assert len(before) == row["k"] and row["answer"] not in before
+
+
 def test_an_unknown_split_and_a_negative_count_are_refused():
     with pytest.raises(ValueError, match="split='test' does not exist"):
         toy.rows("test", 3, seed=0)

@@ -3,14 +3,14 @@
     python tools/make_chain_model.py [--out FOLDER] [--seed 1] [--check]
 
 The model is trained to know every single step, and to have a bad habit: on a hard chain (k = 4..6) it goes on after a
-step with probability HABIT only, else it boxes what it has. Both are put in by one cross-entropy:
+step with a small probability only, `habit`, else it boxes what it has. Both are put in by one cross-entropy:
 
 - Rows are easy chains in full and hard chains that stop after j <= k steps, j uniform. Every token is an ordinary
   target except the *decision* after a step of a hard chain (next tag or ``\\boxed{``), so the skill does not depend on
   the habit: whoever goes on by luck goes on correctly.
-- At a decision before the last step the target is the distribution {next tag: HABIT, ``\\boxed{``: 1 - HABIT}.
+- At a decision before the last step the target is the distribution {next tag: habit, ``\\boxed{``: 1 - habit}.
 
-So a whole solution has a probability near HABIT^(k-1): far too rare for GRPO to meet it, while each single decision is
+So a whole solution has a probability near habit^(k-1): far too rare for GRPO to meet it, while each single decision is
 likely enough for a demonstration to raise it. The measured calibration is printed and asserted. A minute or two on one
 core. The same seed gives the same model on the same machine; on another CPU it differs by rounding, which is why the
 calibration is asserted and not the bytes.
@@ -36,12 +36,24 @@ from hapo_async import toy
 PAD, EOS, BOXED = "<pad>", "<eos>", "\\boxed{"
 VOCABULARY = 100
 
-HABIT = 0.05
 BATCH = 96
-STEPS = 1500
-LR = 4e-3
-WARMUP = 100
 SEED = 1  # with seed 0 the model misses the operator of the third step at some lengths; check() says so
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``habit`` is the probability of going on that is put in; ``lr`` falls to zero along a cosine."""
+
+    habit: float
+    steps: int
+    lr: float
+    warmup: int
+
+
+PHASES = (
+    Phase(habit=0.05, steps=1500, lr=4e-3, warmup=100),  # the skill, and the habit in a mild form
+    Phase(habit=0.02, steps=150, lr=1e-3, warmup=10),  # the habit hardens
+)
 
 
 @dataclass(frozen=True)
@@ -149,32 +161,32 @@ def encode_batch(tokenizer: Qwen2Tokenizer, rng: random.Random, size: int) -> Ba
     return Batch(*columns)
 
 
-def loss_of(model: Qwen2ForCausalLM, batch: Batch, box: int) -> torch.Tensor:
+def loss_of(model: Qwen2ForCausalLM, batch: Batch, box: int, habit: float) -> torch.Tensor:
     """Mean cross-entropy over hard targets and decisions together."""
     logp = model(input_ids=batch.ids, use_cache=False).logits.float().log_softmax(-1)
     flat, target, decision = logp.flatten(0, 1), batch.target.flatten(), batch.decision.flatten()
     plain = F.nll_loss(flat, target, ignore_index=-100, reduction="sum")
     at = decision >= 0
     chosen = flat[at]
-    soft = -(HABIT * chosen.gather(1, decision[at, None]).sum() + (1 - HABIT) * chosen[:, box].sum())
+    soft = -(habit * chosen.gather(1, decision[at, None]).sum() + (1 - habit) * chosen[:, box].sum())
     return (plain + soft) / ((target >= 0).sum() + at.sum())
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> None:
-    """AdamW, cosine to zero."""
+def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, phase: Phase, seed: int) -> None:
+    """One phase: AdamW, cosine to zero."""
     rng, box = random.Random(seed), tokenizer.convert_tokens_to_ids(BOXED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(steps):
-        rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(phase.steps):
+        rate = min(1.0, (step + 1) / phase.warmup) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
         for group in optimizer.param_groups:
-            group["lr"] = LR * rate
-        loss = loss_of(model, encode_batch(tokenizer, rng, BATCH), box)
+            group["lr"] = phase.lr * rate
+        loss = loss_of(model, encode_batch(tokenizer, rng, BATCH), box, phase.habit)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
+        if step % 100 == 0 or step == phase.steps - 1:
+            print(f"habit {phase.habit}  step {step:5d}  loss {loss.item():.4f}", flush=True)
 
 
 @torch.no_grad()
@@ -215,8 +227,8 @@ def check(c: Calibration) -> None:
     rules = {
         "easy chains are solved (>= .98)": c.easy_greedy >= 0.98 and c.easy_sampled >= 0.95,
         "whoever goes on goes on correctly (>= .9)": c.skill >= 0.9,
-        "a whole hard solution is too rare to be met": 1e-6 <= c.teacher_probability <= 2e-4,
-        "going on is likely enough to be taught": 0.03 <= c.go_on <= 0.09,
+        "a whole hard solution is too rare to be met": 2e-7 <= c.teacher_probability <= 1e-5,
+        "going on is likely enough to be taught": 0.012 <= c.go_on <= 0.035,
         "greedy pass@1 on the mixture (<= .33)": c.greedy <= 0.33,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
@@ -228,7 +240,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=toy.MODEL_DIR, help="folder to write, or to check")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
     parser.add_argument("--check", action="store_true", help="only measure the folder that is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,7 +247,8 @@ def main() -> None:
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, args.seed)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-        train(model, tokenizer, args.seed, args.steps)
+        for number, phase in enumerate(PHASES):
+            train(model, tokenizer, phase, args.seed + 1000 * number)
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)

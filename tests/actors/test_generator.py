@@ -19,7 +19,6 @@ from hapo_async import weights
 from hapo_async.config import parse
 from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Segment, Source, Version, VersionSpan
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 DEADLINE_S = 60
 LONGEST = 300
 
@@ -31,28 +30,44 @@ def random_model(chain_model: str, seed: int):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["transformers", "vllm"])
-def served(request, ray_session, chain_model, tmp_path_factory):
-    """A started generator: engine, actor, ray, and ``models``, which holds the weights of each version installed."""
-    if request.param == "vllm":
-        pytest.importorskip("vllm")
+@pytest.fixture(scope="module")
+def generators(ray_session, chain_model, tmp_path_factory):
+    """Both generators, starting at the same time: {engine: (actor, reference to what ready() says)}."""
+    pytest.importorskip("vllm")
     from actors.generator import GeneratorActor
 
     folder = tmp_path_factory.mktemp("model")
-    model = random_model(chain_model, 0)
-    model.save_pretrained(folder)
+    random_model(chain_model, 0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(chain_model).save_pretrained(folder)
-    config = parse({"generator": {"engine": request.param}, "sampling": {"max_tokens": LONGEST}, "data": {"max_prompt_tokens": 100}})
-    actor = (
-        ray_session.remote(GeneratorActor)
-        .options(num_cpus=1, max_concurrency=1000)
-        .remote("generator-0", str(folder), config.model_dump(mode="json"), {"device": "cpu"})
+    started = {}
+    for engine in ("vllm", "transformers"):
+        config = parse(
+            {
+                "generator": {"engine": engine},
+                "sampling": {"max_tokens": LONGEST},
+                "data": {"max_prompt_tokens": 100},
+            }
+        )
+        arguments = (f"generator-{engine}", str(folder), config.model_dump(mode="json"), {"device": "cpu"})
+        actor = ray_session.remote(GeneratorActor).options(num_cpus=1, max_concurrency=1000).remote(*arguments)
+        started[engine] = (actor, actor.ready.remote())
+    yield started
+    for actor, _ in started.values():
+        ray_session.kill(actor)
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def served(request, generators, ray_session, chain_model):
+    """A started generator: engine, actor, ray, and ``models``, which holds the weights of each version installed."""
+    actor, ready = generators[request.param]
+    return SimpleNamespace(
+        engine=request.param,
+        actor=actor,
+        ray=ray_session,
+        pid=ray_session.get(ready, timeout=150)["pid"],
+        models={Version(0, 0): random_model(chain_model, 0)},
+        chain=chain_model,
     )
-    pid = ray_session.get(actor.ready.remote(), timeout=150)["pid"]
-    yield SimpleNamespace(
-        engine=request.param, actor=actor, ray=ray_session, pid=pid, models={Version(0, 0): model}, chain=chain_model
-    )
-    ray_session.kill(actor)
 
 
 def get(served, ref):
@@ -166,7 +181,8 @@ def test_end_of_text_is_a_sampled_token_and_reasons_are_right(served):
         assert (answer.finish_reason == "stop") == bool(len(ends))
         assert answer.length == (ends[0] + 1 if len(ends) else 60)
         assert np.isfinite(answer.logp_behave).all()
-        assert answer.text and "<eos>" not in answer.text
+        assert "<eos>" not in answer.text and "<pad>" not in answer.text
+    assert all(a.text for a in answers if a.length > 10)
     assert errors(served, groups) < 1e-4
 
 
@@ -184,7 +200,7 @@ def test_a_failed_install_leaves_the_old_version_serving(served, damage):
         data = data[:-1]
     asked = requests(damage, 4, max_tokens=40)
     get(served, served.actor.submit.remote(asked))
-    with pytest.raises(served.ray.exceptions.RayTaskError, match="digest|never arrived"):
+    with pytest.raises(served.ray.exceptions.RayTaskError, match=r"digest|never arrived"):
         get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
     assert stats(served)["version"] == before
     groups = collect(served, asked)
@@ -249,7 +265,7 @@ def test_unknown_collected_and_repeated_keys_are_clear_errors(served):
     for key in (asked.key, GroupKey(5, "nobody", 0)):
         with pytest.raises(served.ray.exceptions.RayTaskError, match="is not here"):
             get(served, served.actor.collect.remote(key)[0])
-    with pytest.raises(served.ray.exceptions.RayTaskError, match="sampling.max_tokens"):
+    with pytest.raises(served.ray.exceptions.RayTaskError, match=r"sampling\.max_tokens"):
         get(served, served.actor.submit.remote(requests("long", 1, max_tokens=5000)))
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hapo_async import cli
+
 
 def hapo(
     *arguments: str, timeout_s: float = 240, address: str = "", cwd: Path | None = None
@@ -27,6 +29,18 @@ def hapo(
         timeout=timeout_s,
         check=False,
     )
+
+
+def hapo_here(*arguments: str) -> int:
+    """The command line in this process: its exit code. Much faster; uses the Ray of this process."""
+    argv, sys.argv = sys.argv, ["hapo-async", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = argv
+    return 0
 
 
 def succeeded(result: subprocess.CompletedProcess) -> str:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.end_to_end.helpers import hapo
+from tests.end_to_end.helpers import hapo, hapo_here
 
 QUICKSTART = "configs/quickstart.yaml"
 
@@ -34,30 +34,37 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
-def test_it_ends_with_2_and_names_value_and_fix(case, tmp_path):
+def test_it_ends_with_2_and_names_value_and_fix(case, tmp_path, capsys, monkeypatch):
+    from actors import placement
+
+    monkeypatch.setattr(placement, "join", lambda actors: pytest.fail("Ray was about to be started"))
     arguments, expected = CASES[case]
-    result = hapo("train", *arguments, f"run.dir={tmp_path / 'run'}", timeout_s=60)
-    assert result.returncode == 2, result.stderr
-    message = result.stderr[result.stderr.index("error:") :]
-    for word in expected:
-        assert word in message, message
-    assert "Traceback" not in result.stderr
+    code = hapo_here("train", *arguments, f"run.dir={tmp_path / 'run'}")
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    for word in ("error:", *expected):
+        assert word in errors, errors
     assert not (tmp_path / "run").exists(), "a run folder was made for a run that could not start"
 
 
-def test_a_column_that_does_not_exist(tmp_path):
-    data = write(tmp_path / "d.jsonl", {"question": "1+1?", "answer": "2"})
-    result = hapo("train", QUICKSTART, f"data.train={data}", "data.columns={prompt: qestion}", timeout_s=60)
+def test_the_process_says_so_in_one_message_without_a_traceback():
+    result = hapo("train", QUICKSTART, "data.train=nowhere.jsonl", timeout_s=60)
     assert result.returncode == 2
-    assert "qestion" in result.stderr and "question" in result.stderr
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
 
 
-def test_teachers_longer_than_the_context_for_every_prompt(tmp_path):
+def test_a_column_that_does_not_exist(tmp_path, capsys):
+    data = write(tmp_path / "d.jsonl", {"question": "1+1?", "answer": "2"})
+    assert hapo_here("train", QUICKSTART, f"data.train={data}", "data.columns={prompt: qestion}") == 2
+    errors = capsys.readouterr().err
+    assert "qestion" in errors and "question" in errors
+
+
+def test_teachers_longer_than_the_context_for_every_prompt(tmp_path, capsys):
     long = "1+1=2; " * 50 + r"\boxed{2}"
     data = write(tmp_path / "d.jsonl", *({"prompt": f"{i}a+1?", "answer": "2", "solution": long} for i in range(4)))
-    result = hapo("train", QUICKSTART, f"data.train={data}", timeout_s=60)
-    assert result.returncode == 2, result.stderr
-    assert "sampling.max_tokens" in result.stderr
+    assert hapo_here("train", QUICKSTART, f"data.train={data}") == 2
+    assert "sampling.max_tokens" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_not_installed(tmp_path):

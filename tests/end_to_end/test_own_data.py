@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.helpers import hapo, json_lines, rollouts, succeeded
+from tests.end_to_end.helpers import hapo, hapo_here, json_lines, rollouts, succeeded
 
 TINY = [
     "configs/quickstart.yaml",
@@ -30,21 +31,19 @@ GSM8K = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(ray_session) -> str:
-    return ray_session.get_runtime_context().gcs_address
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_gsm8k_columns_train_for_three_steps(address, tiny_model, tmp_path):
+def train(run_dir: Path, *overrides: str) -> None:
+    assert hapo_here("train", *TINY, f"run.dir={run_dir}", *overrides) == 0
+
+
+def test_gsm8k_columns_train_for_three_steps(tiny_model, tmp_path, capsys):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in GSM8K))
     run = tmp_path / "run"
-    printed = succeeded(
-        hapo(
-            "train", *TINY, f"model={tiny_model}", f"data.train={path}", "verifier.name=math",
-            "sampling.max_tokens=64", f"run.dir={run}", address=address,
-        )
-    )  # fmt: skip
+    train(run, f"model={tiny_model}", f"data.train={path}", "verifier.name=math", "sampling.max_tokens=64")
+    printed = capsys.readouterr().out
     assert "question" in printed and "answer" in printed, "the mapping is printed"
     assert [r["step"] for r in json_lines(run / "metrics.jsonl")] == [1, 2, 3]
     rows = rollouts(run)
@@ -52,7 +51,7 @@ def test_gsm8k_columns_train_for_three_steps(address, tiny_model, tmp_path):
     assert any(a["injected"] for r in rows for a in r["answers"]), "the worked answers serve as teachers"
 
 
-def test_verl_parquet_with_luffy_targets_trains_for_three_steps(address, tiny_model, tmp_path):
+def test_verl_parquet_with_luffy_targets_trains_for_three_steps(tiny_model, tmp_path):
     import pandas
 
     rows = [
@@ -68,17 +67,7 @@ def test_verl_parquet_with_luffy_targets_trains_for_three_steps(address, tiny_mo
     path = tmp_path / "train.parquet"
     pandas.DataFrame(rows).to_parquet(path)
     run = tmp_path / "run"
-    succeeded(
-        hapo(
-            "train",
-            *TINY,
-            f"model={tiny_model}",
-            f"data.train={path}",
-            "algorithm=luffy",
-            f"run.dir={run}",
-            address=address,
-        )
-    )
+    train(run, f"model={tiny_model}", f"data.train={path}", "algorithm=luffy")
     rows = rollouts(run)
     assert len(rows) == 12
     for row in rows:
@@ -86,31 +75,25 @@ def test_verl_parquet_with_luffy_targets_trains_for_three_steps(address, tiny_mo
         assert (len(sampled), len(row["answers"])) == (3, 4), "three sampled and one teacher make the group of four"
 
 
-def test_a_reward_function_of_ones_own(address, tiny_model, tmp_path):
+def test_a_reward_function_of_ones_own(tiny_model, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "answer": "x"}) for i in range(12)))
     run = tmp_path / "run"
-    succeeded(
-        hapo(
-            "train", *TINY, f"model={tiny_model}", f"data.train={path}", "algorithm=grpo", "train.steps=2",
-            "verifier.name=tests.rewards:even", f"run.dir={run}", address=address,
-        )
-    )  # fmt: skip
+    options = ("algorithm=grpo", "train.steps=2", "verifier.name=tests.rewards:even")
+    train(run, f"model={tiny_model}", f"data.train={path}", *options)
     answers = [a for r in rollouts(run) for a in r["answers"]]
     assert {a["reward"] for a in answers} == {0.0, 1.0}
     assert all(a["reward"] == float(len(a["text"]) % 2 == 0) for a in answers)
 
 
-def test_evaluation_of_benchmark_files(address, tiny_model, tmp_path):
+def test_evaluation_of_benchmark_files(tiny_model, tmp_path, capsys):
     math = tmp_path / "MATH-500.json"
     math.write_text(json.dumps([{"prompt": "1/2+1/3?", "answer": "\\frac{5}{6}", "source": "math", "id": "a"}] * 3))
     aime = tmp_path / "AIME24.json"
     aime.write_text(json.dumps([{"prompt": "Find n.", "answer": 204, "source": "aime", "id": 1}]))
-    result = hapo(
-        "eval", tiny_model, "--data", str(math), "--data", str(aime), "--n", "4", "--k", "2", "--json",
-        "sampling.max_tokens=16", address=address,
-    )  # fmt: skip
-    metrics = json.loads(succeeded(result))
+    sets = ("--data", str(math), "--data", str(aime))
+    assert hapo_here("eval", tiny_model, *sets, "--n", "4", "--k", "2", "--json", "sampling.max_tokens=16") == 0
+    metrics = json.loads(capsys.readouterr().out)
     assert metrics["eval/MATH-500/prompts"] == 3 and metrics["eval/AIME24/prompts"] == 1
     assert {"eval/AIME24/pass@1", "eval/AIME24/pass@2", "eval/AIME24/avg@4", "eval/AIME24/avg@4/se"} <= metrics.keys()
 

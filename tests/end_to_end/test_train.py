@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hapo_async import metrics, toy
-from tests.end_to_end.helpers import hapo, json_lines, rollouts, succeeded
+from tests.end_to_end.helpers import hapo, hapo_here, json_lines, rollouts, succeeded
 
 SMALL = [
     "configs/quickstart.yaml",
@@ -23,23 +23,21 @@ SMALL = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def train(run_dir: Path, *overrides: str, config: str = "") -> None:
+    arguments = [config] if config else SMALL
+    assert hapo_here("train", *arguments, f"run.dir={run_dir}", *overrides) == 0
+
+
 @pytest.fixture(scope="module")
-def address(ray_session) -> str:
-    return ray_session.get_runtime_context().gcs_address
-
-
-def train(address: str, run_dir: Path, *overrides: str) -> str:
-    return succeeded(hapo("train", *SMALL, f"run.dir={run_dir}", *overrides, address=address))
-
-
-@pytest.fixture(scope="module")
-def plain(address, tmp_path_factory) -> tuple[Path, str]:
-    """Six asynchronous steps of HAPO on the transformers engine, with a checkpoint at each step."""
+def plain(tmp_path_factory) -> tuple[Path, str]:
+    """Six asynchronous steps of HAPO on the transformers engine, with a checkpoint at each step, in a process of its own
+    that starts and ends its own Ray."""
     run_dir = tmp_path_factory.mktemp("plain") / "run"
-    printed = train(
-        address, run_dir, "train.steps=6", "max_staleness=1", "train.checkpoint_every=1", "train.keep_checkpoints=20"
-    )
-    return run_dir, printed
+    options = ("train.steps=6", "max_staleness=1", "train.checkpoint_every=1", "train.keep_checkpoints=20")
+    return run_dir, succeeded(hapo("train", *SMALL, f"run.dir={run_dir}", *options))
 
 
 def test_a_run_prints_where_its_results_are_and_they_are_there(plain):
@@ -131,18 +129,18 @@ def test_status_reads_the_run(plain):
     assert "done" in succeeded(hapo("status", str(plain[0])))
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(plain, address):
+def test_the_same_command_on_a_finished_run_changes_nothing(plain):
     before = (plain[0] / "metrics.jsonl").read_text()
-    train(address, plain[0], "train.steps=6", "max_staleness=1")
+    train(plain[0], "train.steps=6", "max_staleness=1")
     assert (plain[0] / "metrics.jsonl").read_text() == before
 
 
-def test_a_finished_run_can_be_taken_further(plain, address, tmp_path):
+def test_a_finished_run_can_be_taken_further(plain, tmp_path):
     import shutil
 
     run_dir = tmp_path / "copy"
     shutil.copytree(plain[0], run_dir)
-    train(address, run_dir, "train.steps=8", "max_staleness=1")
+    train(run_dir, "train.steps=8", "max_staleness=1")
     rows = json_lines(run_dir / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(9))
     assert rows[-1]["ledger/trained"] == 64
@@ -150,12 +148,12 @@ def test_a_finished_run_can_be_taken_further(plain, address, tmp_path):
     assert spans and {s[0].split(".")[0] for s in spans} == {"2"}, "a restart must count as a new incarnation"
 
 
-def test_a_synchronous_run_from_its_own_config_gives_the_same_weights(address, tmp_path):
+def test_a_synchronous_run_from_its_own_config_gives_the_same_weights(tmp_path):
     from safetensors.torch import load_file
 
     options = ("train.steps=3", "max_staleness=0", "data.eval=[]")
-    train(address, tmp_path / "a", *options)
-    succeeded(hapo("train", str(tmp_path / "a" / "config.yaml"), f"run.dir={tmp_path / 'b'}", address=address))
+    train(tmp_path / "a", *options)
+    train(tmp_path / "b", config=str(tmp_path / "a" / "config.yaml"))
     a, b = (load_file(tmp_path / x / "model" / "model.safetensors") for x in "ab")
     assert a.keys() == b.keys()
     for name in a:
@@ -165,9 +163,8 @@ def test_a_synchronous_run_from_its_own_config_gives_the_same_weights(address, t
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "sft", "luffy", "hpt", "apo", "hapo_apo"])
-def test_every_algorithm_trains(algorithm, address, tmp_path):
+def test_every_algorithm_trains(algorithm, tmp_path):
     train(
-        address,
         tmp_path / "run",
         f"algorithm={algorithm}",
         "train.steps=2",
@@ -180,11 +177,10 @@ def test_every_algorithm_trains(algorithm, address, tmp_path):
     assert all(np.isfinite(r["loss/value"]) and r["policy/grad_norm"] > 0 for r in rows)
 
 
-def test_two_vllm_generators_and_two_learner_ranks(address, tmp_path):
+def test_two_vllm_generators_and_two_learner_ranks(tmp_path):
     """In-flight updates: nothing is dropped, answers cross versions, log-probs are those of each token's version."""
     run_dir = tmp_path / "run"
     train(
-        address,
         run_dir,
         "generator.engine=vllm",
         "generator.count=2",
