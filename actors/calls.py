@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from hapo_async.engine import EngineDead
+
 
 class CallFailed(RuntimeError):
     """A remote call that brought no result. ``gone``: the actor is dead or silent, rather than that it raised."""
@@ -30,7 +32,8 @@ async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
         raise CallFailed(who, f"died ({type(error).__name__})", gone=True) from error
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None) or error
-        raise CallFailed(who, f"{type(cause).__name__}: {cause}", gone=False) from error
+        # An engine that died under a living actor is as gone as the actor: it exits right after.
+        raise CallFailed(who, f"{type(cause).__name__}: {cause}", gone=isinstance(cause, EngineDead)) from error
 
 
 async def _result(ref: ray.ObjectRef) -> Any:

@@ -130,27 +130,31 @@ def join(actors: int) -> Cluster:
 
 @dataclass(frozen=True)
 class Slot:
-    """A reserved placement group. ``options(i)`` are the actor options that pin an actor to bundle i."""
+    """A reserved placement group. ``options(i)`` are the actor options that pin an actor to bundle i; an actor that only
+    coordinates workers in the bundles (a vLLM engine over several GPUs) must leave the GPUs to them: ``gpus=0``."""
 
     group: PlacementGroup
     cpus: float
     gpus: float
 
-    def options(self, bundle: int, **more: Any) -> dict[str, Any]:
+    def options(self, bundle: int, gpus: float | None = None, **more: Any) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
         )
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": strategy, **more}
+        gpus = self.gpus if gpus is None else gpus
+        return {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": strategy, **more}
 
     def release(self) -> None:
         remove_placement_group(self.group)
 
 
-def reserve(cluster: Cluster, bundles: int, cpu_share: float, name: str, timeout_s: float = 120.0) -> Slot:
-    """Reserves ``bundles`` equal bundles on few nodes. Raises RunError when the cluster cannot give them in time."""
+def reserve(
+    cluster: Cluster, bundles: int, cpu_share: float, name: str, *, one_node: bool = False, timeout_s: float = 120.0
+) -> Slot:
+    """Reserves ``bundles`` equal bundles on few nodes, or on one. Raises RunError when the cluster cannot give them in time."""
     gpus = 1.0 if cluster.device == "cuda" else 0.0
     shape = {"CPU": cpu_share, **({"GPU": gpus} if gpus else {})}
-    group = placement_group([shape] * bundles, strategy="PACK", name=name)
+    group = placement_group([shape] * bundles, strategy="STRICT_PACK" if one_node else "PACK", name=name)
     if not group.wait(timeout_s):
         remove_placement_group(group)
         raise RunError(

@@ -81,8 +81,8 @@ class Fleet:
         generators = []
         for index in range(config.generator.count):
             name = f"generator-{index}"
-            slot = placement.reserve(cluster, width, cpu_share, name)
-            options = slot.options(0, max_concurrency=1000, max_restarts=0, name=None)
+            slot = placement.reserve(cluster, width, cpu_share, name, one_node=True)
+            options = slot.options(0, gpus=0 if width > 1 else None, max_concurrency=1000, max_restarts=0)
             actor = (
                 ray.remote(GeneratorActor)
                 .options(**options)
