@@ -6,6 +6,7 @@ On a cluster without GPUs the actors share the CPUs that are there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -81,10 +82,8 @@ def end_processes(processes: list[psutil.Process], grace_s: float = 5.0) -> None
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 @dataclass(frozen=True)

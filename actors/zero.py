@@ -29,7 +29,6 @@ from actors import weights
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
-from hapo_async.head import HeadOut
 from hapo_async.learn import PolicyModel, Update, adamw, load_policy
 
 log = logging.getLogger(__name__)
@@ -222,7 +221,7 @@ class ZeroBackend:
         self.world_size: int = torch.distributed.get_world_size()
         self.rank: int = torch.distributed.get_rank()
 
-    def forward(self, micro: MicroBatch, **wanted: Any) -> HeadOut:
+    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         return self.engine(micro, **wanted)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -354,7 +353,9 @@ def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         failure = done.stderr[-2000:] if done.returncode else ""
     if backend.agree_max([int(bool(failure))])[0]:
-        raise RunError(f"the state in {folder} of {ranks} ranks could not be converted for {backend.world_size}: {failure}")
+        raise RunError(
+            f"the state in {folder} of {ranks} ranks could not be converted for {backend.world_size}: {failure}"
+        )
     try:
         backend.load(target, universal=True)
     finally:

@@ -147,10 +147,13 @@ def explain(algorithm: Annotated[str | None, typer.Argument()] = None, as_json: 
         out.print_json(json.dumps(parts[algorithm] if algorithm else list(parts.values())))
         return
     if algorithm is None:
-        table = Table("algorithm", "title", "seeds", "advantage", "reduction")
+        table = Table("algorithm", "what it is", "advantage", "trains on", "reduction")
         for name, p in parts.items():
-            table.add_row(name, p["title"], ", ".join(p["seed_papers"]), p["advantage"], p["reduction"])
+            table.add_row(
+                name, p["title"], p["advantage"].split(":")[0], p["composition"], p["reduction"].split(":")[0]
+            )
         out.print(table)
+        out.print("`hapo-async explain NAME` prints the parts, the equation and the options of one.")
         return
     for key, value in parts[algorithm].items():
         out.print(f"[bold]{key:>12}[/]  ", end="")

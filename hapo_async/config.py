@@ -227,7 +227,7 @@ def _check_batch(c: Config) -> None:
     if per_update % c.learner.ranks:
         raise ValueError(
             f"a mini-batch of {per_update} prompts (train.batch_prompts / learner.mini_batches) is not divisible by "
-            f"learner.ranks={c.learner.ranks}. Use a multiple of {c.learner.ranks * c.learner.mini_batches} for train.batch_prompts."
+            f"learner.ranks={c.learner.ranks}. Make train.batch_prompts a multiple of {c.learner.ranks * c.learner.mini_batches}."
         )
 
 

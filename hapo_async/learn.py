@@ -65,9 +65,30 @@ class PolicyModel(nn.Module):
         ).last_hidden_state
         return out.reshape(-1, out.shape[-1])[micro.predict]
 
-    def forward(self, micro: MicroBatch, **wanted: Any) -> HeadOut:
-        """Scores the N trained tokens; ``wanted`` is what ``hapo_async.head`` is to return besides their log-probs."""
-        return self.head(self.hidden(micro), micro.targets, temperature=micro.temperature, **wanted)
+    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
+        """[N, C]: scores of the N trained tokens, side by side; ``split`` takes them apart again.
+
+        ``wanted`` is what ``hapo_async.head`` is to return besides log-probs. One output, because ZeRO-3 hooks every
+        output tensor: were one of several not part of the loss on some rank (no token with a negative advantage, a
+        dummy), that rank's backward would gather in another order than the others', and all would wait for ever.
+        """
+        out = self.head(self.hidden(micro), micro.targets, temperature=micro.temperature, **wanted)
+        columns = [out.logp[:, None]]
+        if out.entropy is not None:
+            columns.append(out.entropy[:, None])
+        if out.topk_logp is not None:
+            columns.append(out.topk_logp)
+        return torch.cat(columns, 1)
+
+
+def split(scores: torch.Tensor, entropy: bool, entropy_grad: bool, topk: bool) -> HeadOut:
+    """The columns of ``PolicyModel.forward`` by name."""
+    kept = scores if entropy_grad else scores.detach()
+    return HeadOut(
+        logp=scores[:, 0],
+        entropy=kept[:, 1] if entropy else None,
+        topk_logp=scores[:, 2 if entropy else 1 :] if topk else None,
+    )
 
 
 def layout_for(device: str) -> tuple[Layout, str]:
@@ -143,7 +164,7 @@ class Backend(Protocol):
     rank: int
     world_size: int
 
-    def forward(self, micro: MicroBatch, **wanted: Any) -> HeadOut:
+    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         """The policy's forward pass."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -166,7 +187,7 @@ class TorchBackend:
         self.rank, self.world_size = 0, 1
         self._clip = config.learner.grad_clip
 
-    def forward(self, micro: MicroBatch, **wanted: Any) -> HeadOut:
+    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         return self.policy(micro, **wanted)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -267,7 +288,7 @@ class Learner:
         with torch.no_grad():
             for index, micros in enumerate(batches[1:], start=1):
                 for i, micro in enumerate(micros):
-                    out[index, i] = self.backend.forward(micro).logp
+                    out[index, i] = self.backend.forward(micro)[:, 0]
         return out
 
     def _needs_proximal(self) -> bool:
@@ -281,11 +302,11 @@ class Learner:
         topk = None
         if self.reference is not None and "topk" in self.needs:
             topk = self.reference.topk(micro, int(self.options["k"]))
-        scores = self.backend.forward(
-            micro, entropy=True, entropy_grad="entropy" in self.needs, topk_ids=topk[0] if topk else None
-        )
+        bonus = "entropy" in self.needs
+        columns = self.backend.forward(micro, entropy=True, entropy_grad=bonus, topk_ids=topk[0] if topk else None)
         if not micro.is_real:
-            return scores.logp.sum() * 0.0
+            return columns.sum() * 0.0
+        scores = split(columns, entropy=True, entropy_grad=bonus, topk=topk is not None)
         batch = token_batch(micro, scores, plan.version.step, logp_prox, topk)
         loss, stats = objective(
             self.algorithm, self.options, batch, norm, correction=self.config.correction, cap=self.config.staleness.cap

@@ -42,7 +42,10 @@ def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) ->
     bf16 = c.learner.dtype == "bfloat16" or (c.learner.dtype == "auto" and torch.cuda.is_available())
     width = c.generator.tensor_parallel * c.generator.pipeline_parallel
     rank = learner_bytes(parameters, c.learner.ranks, c.learner.zero_stage, bf16)
-    yield f"placement: learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} bundles; verifiers {c.verifier.count}"
+    yield (
+        f"placement: learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} bundles; "
+        f"verifiers {c.verifier.count}"
+    )
     yield f"model: {parameters:,} parameters in {model_path}"
     yield f"memory, weights and optimizer state without activations: {rank / GIB:.3f} GiB per learner rank"
     yield f"memory, weights without KV cache: {parameters * (2 if bf16 else 4) / width / GIB:.3f} GiB per generator bundle"

@@ -86,7 +86,7 @@ def _seal(index: int, pending: list[tuple[TensorMeta, np.ndarray]]) -> tuple[Buc
 
 def digest(data: np.ndarray) -> str:
     """xxh3-128 of the bytes, hexadecimal. It guards against corruption, not against an adversary."""
-    return xxhash.xxh3_128_hexdigest(memoryview(np.ascontiguousarray(data)).cast("B"))
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(data).data)
 
 
 def unpack(bucket: Bucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:

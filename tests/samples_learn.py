@@ -90,9 +90,7 @@ def groups(
     for i, task in enumerate(chosen):
         gated = _gated(task, GroupKey(0, f"t{i}", 0), config, algorithm.uses_gate, version, store)
         over = config.gate.advantage_group
-        train = inject.compose(
-            algorithm.composition, gated, algorithm.advantage, advantage_group=over, options=options
-        )
+        train = inject.compose(algorithm.composition, gated, algorithm.advantage, advantage_group=over, options=options)
         assert train is not None
         out.append(train)
     return out
@@ -103,7 +101,9 @@ def train_alone(learner: Learner, steps: list[list[Task]]) -> list[dict[str, flo
     out = []
     for i, chosen in enumerate(steps):
         version = Version(0, i)
-        (plan,) = batch.plan_step(groups(chosen, learner.config, version), 1, learner.config.learner.mini_batches, version)
+        (plan,) = batch.plan_step(
+            groups(chosen, learner.config, version), 1, learner.config.learner.mini_batches, version
+        )
         out.append(merge([learner.step(plan, sequences(plan))]))
     return out
 

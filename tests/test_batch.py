@@ -15,7 +15,9 @@ from tests import samples_learn
 
 @pytest.fixture(scope="module")
 def groups():
-    return samples_learn.groups(samples_learn.tasks(10, 4, seed=1), samples_learn.config(algorithm="hapo"), Version(0, 3))
+    return samples_learn.groups(
+        samples_learn.tasks(10, 4, seed=1), samples_learn.config(algorithm="hapo"), Version(0, 3)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,9 @@ def test_like_lengths_share_a_micro_batch():
     assert all(
         width * size <= 300
         for width, size in zip(
-            lengths[np.cumsum([0, *batch._padded_sizes(lengths, 300)[:-1]])], batch._padded_sizes(lengths, 300), strict=True
+            lengths[np.cumsum([0, *batch._padded_sizes(lengths, 300)[:-1]])],
+            batch._padded_sizes(lengths, 300),
+            strict=True,
         )
     )
 

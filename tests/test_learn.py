@@ -151,7 +151,9 @@ def test_the_age_of_tokens_counts_from_the_learners_version(model, steps):
 
 def test_merge_weighs_means_and_adds_counts():
     def report(value, weight, top):
-        return learn.RankReport({"a": (value, weight), "train/teacher_tokens": (3, 1)}, {"n": 2}, {"m": top}, {"lr": 0.1})
+        return learn.RankReport(
+            {"a": (value, weight), "train/teacher_tokens": (3, 1)}, {"n": 2}, {"m": top}, {"lr": 0.1}
+        )
 
     assert learn.merge([report(1.0, 1.0, 5), report(0.0, 3.0, 4)]) == {
         "a": 0.25,

@@ -83,7 +83,11 @@ def surroundings() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(), "versions": versions}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": versions,
+    }
 
 
 if __name__ == "__main__":
