@@ -153,7 +153,9 @@ def reserve(
     """Reserves ``bundles`` equal bundles on few nodes, or on one. Raises RunError when the cluster cannot give them in time."""
     gpus = 1.0 if cluster.device == "cuda" else 0.0
     shape = {"CPU": cpu_share, **({"GPU": gpus} if gpus else {})}
-    group = placement_group([shape] * bundles, strategy="STRICT_PACK" if one_node else "PACK", name=name)
+    group = placement_group(
+        [shape] * bundles, strategy="STRICT_PACK" if one_node else "PACK", name=f"{name}-{os.getpid()}"
+    )
     if not group.wait(timeout_s):
         remove_placement_group(group)
         raise RunError(

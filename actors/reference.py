@@ -15,7 +15,7 @@ from torch import nn
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
 from hapo_async.head import reference_topk
-from hapo_async.learn import PolicyModel, load_policy
+from hapo_async.policy import PolicyModel, load_policy
 
 
 class _TopKHead(nn.Module):

@@ -29,7 +29,8 @@ from actors import weights
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
-from hapo_async.learn import PolicyModel, Update, adamw, load_policy
+from hapo_async.learn import Update
+from hapo_async.policy import PolicyModel, adamw, load_policy
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,6 @@ def train(
         for line in plan.describe(prepared.config, prepared.model_path, prepared.tokenizer, prepared.prompts[0]):
             out.print(line, markup=False)
         return
-    _warn_without_teachers(prepared)
     from hapo_async.driver import run
 
     outcome = run.train(prepared)
@@ -82,16 +81,6 @@ def train(
     if not outcome.finished:
         raise RunError(
             f"stopped by a signal after step {outcome.steps}; the same command continues from its checkpoint"
-        )
-
-
-def _warn_without_teachers(prepared: Any) -> None:
-    wants = prepared.algorithm.composition in ("ssi", "append", "switch")
-    if wants and prepared.with_teacher == 0:
-        err.print(
-            f"warning: algorithm={prepared.config.algorithm} learns from teacher solutions too, but no prompt has a usable one: "
-            "it will train on its own answers alone.",
-            style="yellow",
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hapo_async import batch, learn, metrics
+from hapo_async.policy import load_policy
 from hapo_async.types import Version
 from tests import reference_loop, samples_learn
 
@@ -29,7 +30,7 @@ def steps():
 def make_learner(model: str, algorithm: str = "hapo", dtype=torch.float64, **settings) -> learn.Learner:
     """A learner on plain torch that keeps every update's gradients in ``learner.backend.seen``."""
     config = samples_learn.config(model, algorithm, **settings)
-    backend = learn.TorchBackend(learn.load_policy(model, config, dtype=dtype, device="cpu"), config)
+    backend = learn.TorchBackend(load_policy(model, config, dtype=dtype, device="cpu"), config)
     backend.seen = []
     update = backend.update
 

@@ -21,6 +21,7 @@ from actors.learner import LearnerGroup, LearnerRank, check_overrides
 from actors.reference import FrozenReference
 from hapo_async import batch, learn, metrics
 from hapo_async.errors import ConfigError, RunError
+from hapo_async.policy import load_policy
 from hapo_async.types import Version
 from hapo_async.weights import Staging
 from tests import reference_loop, samples_learn
@@ -63,7 +64,7 @@ class SpyRank(LearnerRank):
 async def _start(config, model, rank_class=LearnerRank) -> LearnerGroup:
     cluster = placement.join(config.learner.ranks)
     name = f"learner-{uuid.uuid4().hex}"
-    slot = await asyncio.to_thread(placement.reserve, cluster, config.learner.ranks, 0.5, name, 60.0)
+    slot = await asyncio.to_thread(placement.reserve, cluster, config.learner.ranks, 0.5, name)
     return await LearnerGroup.start(config, model, cluster, slot, rank_class)
 
 
@@ -220,7 +221,7 @@ def test_anchored_optimisation_with_a_partitioned_reference_equals_one_process(a
     config = anchored.config
     measured = _train(ray_session, anchored, config, steps, 0, 2)
     two = asyncio.run(_weights(anchored, Version(0, 2)))
-    policy = learn.load_policy(model, config, dtype=torch.float32, device="cpu")
+    policy = load_policy(model, config, dtype=torch.float32, device="cpu")
     whole = FrozenReference(model, config, dtype=torch.float32, device="cpu", engine_config=None)
     alone = samples_learn.train_alone(learn.Learner(learn.TorchBackend(policy, config), config, whole), steps[:2])
     assert measured[-1]["apo/r_anchor_mean"] == pytest.approx(alone[-1]["apo/r_anchor_mean"], rel=1e-4)
