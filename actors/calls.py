@@ -8,15 +8,21 @@ from typing import Any
 import ray
 
 from hapo_async.engine import EngineDead
+from hapo_async.errors import RunError
 
 
-class CallFailed(RuntimeError):
-    """A remote call that brought no result. ``gone``: the actor is dead or silent, rather than that it raised."""
+class CallFailed(RunError):
+    """A remote call that brought no result.
 
-    def __init__(self, who: str, why: str, gone: bool) -> None:
+    gone: the actor is dead or silent, rather than that it raised. lost: an object that the call needed died with its
+    owner; nobody who answers the call is to blame.
+    """
+
+    def __init__(self, who: str, why: str, gone: bool, lost: bool = False) -> None:
         super().__init__(f"{who}: {why}")
         self.who = who
         self.gone = gone
+        self.lost = lost
 
 
 async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
@@ -28,12 +34,16 @@ async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
         return await asyncio.wait_for(_result(ref), deadline_s)
     except TimeoutError:
         raise CallFailed(who, f"no answer within {deadline_s:.0f} s", gone=True) from None
-    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-        raise CallFailed(who, f"died ({type(error).__name__})", gone=True) from error
+    except ray.exceptions.ObjectLostError as error:
+        raise CallFailed(
+            who, f"an object that it needs is lost ({type(error).__name__})", gone=False, lost=True
+        ) from error
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None) or error
         # An engine that died under a living actor is as gone as the actor: it exits right after.
         raise CallFailed(who, f"{type(cause).__name__}: {cause}", gone=isinstance(cause, EngineDead)) from error
+    except ray.exceptions.RayError as error:  # the actor, its worker or its node died, or was killed for memory
+        raise CallFailed(who, f"died ({type(error).__name__})", gone=True) from error
 
 
 async def _result(ref: ray.ObjectRef) -> Any:

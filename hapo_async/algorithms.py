@@ -160,6 +160,11 @@ class Algorithm:
                 f"sampling.n={n} with algorithm={self.name!r}: its advantage compares the answers of a group, and a "
                 "single answer always has advantage 0. Set sampling.n to 2 or more (the papers: 8), or use algorithm=sft."
             )
+        if self.composition == "append" and n < 3:
+            raise ConfigError(
+                f"sampling.n={n} with algorithm={self.name!r}: one of the N answers is the demonstration, and an advantage needs "
+                "two sampled ones beside it. Set sampling.n to 3 or more (the paper: 8)."
+            )
         if self.uses_gate:
             gate.check_config(config)
         if self.uses_gate and "gamma" in config.options and options["gamma"] != config.gate.gamma:

@@ -50,10 +50,12 @@ def seal(folder: Path, root: Path, step: int, driver: dict[str, Any]) -> Path:
     for sub in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
         _sync(sub)
     target = root / f"step-{step}"
+    replaced = root / f".step-{step}.replaced"
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(replaced)
     folder.rename(target)
     _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -79,8 +81,8 @@ def newest(root: Path) -> Checkpoint | None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         log.error("checkpoint %s does not verify (%s): set aside as %s", path, problem, aside.name)
-    if candidates:
-        raise RunError(f"none of the {len(candidates)} checkpoints in {root} verifies; see the .corrupt folders there")
+    if candidates or list(root.glob("step-*.corrupt")):
+        raise RunError(f"none of the checkpoints in {root} verifies; see the .corrupt folders there")
     return None
 
 

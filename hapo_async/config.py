@@ -151,7 +151,7 @@ class TrainConfig(_Section):
 
     steps: int = Field(100, ge=1, description="Learner steps.")
     batch_prompts: int = Field(128, ge=1, description="Groups per learner step.")
-    checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 means only at the end.")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints; 0 means only at start and end.")
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints that are kept.")
 
 

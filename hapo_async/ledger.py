@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hapo_async.types import GroupKey
@@ -33,6 +33,7 @@ class _Entry:
     attempt: int
     order: int
     detail: str = ""
+    tries: Counter[str] = field(default_factory=Counter)
 
 
 class LedgerError(AssertionError):
@@ -69,11 +70,13 @@ class Ledger:
         self._move(self._current(key, Place.IN_FLIGHT), Place.BUFFERED)
 
     def retry(self, key: GroupKey, reason: str) -> int:
-        """Takes an attempt back; the prompt waits to be issued again. Returns the number of attempts so far."""
+        """Takes an attempt back; the prompt waits to be issued again. Returns how often this has happened to it for
+        this reason: a prompt is not charged for one kind of failure with another's."""
         entry = self._current(key, Place.IN_FLIGHT, Place.BUFFERED)
         entry.detail = reason
+        entry.tries[reason] += 1
         self._move(entry, Place.TO_RETRY)
-        return entry.attempt + 1
+        return entry.tries[reason]
 
     def drop(self, key: GroupKey, reason: str) -> None:
         entry = self._current(key, Place.IN_FLIGHT, Place.BUFFERED, Place.TO_RETRY)
@@ -110,18 +113,18 @@ class Ledger:
             raise LedgerError(f"ledger identity broken: entries {dict(seen)}, counts {dict(self._counts)}")
 
     def state_dict(self) -> dict[str, Any]:
-        rows = [[e, u, str(x.place), x.attempt, x.detail] for (e, u), x in self._entries.items()]
+        rows = [[e, u, str(x.place), x.attempt, x.detail, dict(x.tries)] for (e, u), x in self._entries.items()]
         return {"entries": rows, "dropped_reasons": dict(self.dropped_reasons)}
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> Ledger:
         """The ledger after a restart: what was in flight or buffered waits to be issued again."""
         ledger = cls()
-        for order, (epoch, uid, place, attempt, detail) in enumerate(state["entries"]):
+        for order, (epoch, uid, place, attempt, detail, tries) in enumerate(state["entries"]):
             where = Place(place)
             if where in (Place.IN_FLIGHT, Place.BUFFERED):
                 where = Place.TO_RETRY
-            ledger._entries[epoch, uid] = _Entry(where, attempt, order, detail)
+            ledger._entries[epoch, uid] = _Entry(where, attempt, order, detail, Counter(tries))
             ledger._counts[where] += 1
         ledger.dropped_reasons.update(state["dropped_reasons"])
         return ledger

@@ -30,6 +30,15 @@ class RolloutWriter:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def discard(run_dir: Path, purge_step: int) -> None:
+    """Moves the rollouts of ``purge_step`` and later, which a resume will make anew, to ``discarded/rollouts/``."""
+    gone = [f for f in (run_dir / "rollouts").glob("step-*.jsonl") if int(f.stem.removeprefix("step-")) >= purge_step]
+    for file in gone:
+        target = run_dir / "discarded" / "rollouts" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+
+
 def describe(gated: GatedGroup, group: Group, train: TrainGroup, step: int) -> dict[str, Any]:
     """One group as rollouts/ keeps it. ``staleness`` is the age of its oldest policy token when it was trained on."""
     advantage = {row.index: row.advantage for row in train.rows if row.source is Source.POLICY}

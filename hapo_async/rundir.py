@@ -13,6 +13,8 @@ from typing import IO, Any
 from hapo_async.config import Config, to_yaml
 from hapo_async.errors import ConfigError
 
+LOCK = ".lock"
+
 
 class RunDir:
     """Owns ``run.dir`` while open: a lock file keeps a second driver out.
@@ -26,22 +28,12 @@ class RunDir:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunDir:
-        if self._config.run.resume == "never":
-            _set_aside(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise ConfigError(
-                f"run.dir={str(self.path)!r} is in use by the driver with pid {holder}. Wait for it, or give another run.dir."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        self._lock = _lock(self.path)
+        if self._config.run.resume == "never" and any(p.name != LOCK for p in self.path.iterdir()):
+            # Moved while its lock is held: never the folder of a run that goes on.
+            with self._lock:
+                _set_aside(self.path)
+            self._lock = _lock(self.path)
         return self
 
     def __exit__(
@@ -64,6 +56,13 @@ class RunDir:
         metrics = self.path / "metrics.jsonl"
         return metrics.exists() and metrics.stat().st_size > 0
 
+    def next_incarnation(self) -> int:
+        """Counts the starts of this run, durably: a restart never reuses a version, whatever it resumes from."""
+        path = self.path / "incarnation"
+        number = int(path.read_text()) + 1 if path.exists() else 1
+        _replace(path, str(number), sync=True)
+        return number
+
     def write_config(self) -> None:
         _replace(self.path / "config.yaml", to_yaml(self._config))
 
@@ -72,16 +71,37 @@ class RunDir:
         _replace(self.path / "status.json", json.dumps({"time": time.time(), "pid": os.getpid(), **status}))
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str, sync: bool = False) -> None:
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     beside.replace(path)
 
 
+def _lock(path: Path) -> IO[str]:
+    """Opens and locks the folder's lock file. Raises ConfigError when another driver holds it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise ConfigError(
+            f"run.dir={str(path)!r} is in use by the driver with pid {holder}. Wait for it, or give another run.dir."
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
 def _set_aside(path: Path) -> None:
-    """Moves an existing run folder to the next free name.N; nothing is ever deleted."""
-    if not path.exists() or not any(path.iterdir()):
-        return
+    """Moves a run folder to the next free name.N; nothing is ever deleted."""
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

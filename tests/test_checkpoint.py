@@ -48,8 +48,9 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(tmp_path, damage)
 def test_only_damaged_ones_are_an_error_never_a_fresh_start(tmp_path):
     path = write(tmp_path, 1)
     (path / "driver.json").unlink()
-    with pytest.raises(RunError, match="none of the 1 checkpoints"):
-        checkpoint.newest(tmp_path)
+    for _ in range(2):  # asking again does not make it a fresh start either
+        with pytest.raises(RunError, match="none of the checkpoints"):
+            checkpoint.newest(tmp_path)
 
 
 def test_nothing_at_all_is_none(tmp_path):

@@ -4,7 +4,7 @@ source (rows) -> columns (which column is what) -> prompts (tokenised, teachers 
 """
 
 from hapo_async.data.columns import ColumnMapping, recognise
-from hapo_async.data.model import load_tokenizer, resolve_model
+from hapo_async.data.model import context_tokens, load_tokenizer, resolve_model
 from hapo_async.data.prompts import DataReport, check_data, load_prompts
 from hapo_async.data.source import load_rows
 from hapo_async.data.stream import PromptStream
@@ -14,6 +14,7 @@ __all__ = [
     "DataReport",
     "PromptStream",
     "check_data",
+    "context_tokens",
     "load_prompts",
     "load_rows",
     "load_tokenizer",

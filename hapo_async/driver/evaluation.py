@@ -7,6 +7,7 @@ metric time/eval_s.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from actors.calls import CallFailed
 from hapo_async import evaluate
 from hapo_async.config import Config
-from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
+
+log = logging.getLogger(__name__)
 
 EVAL_TRIES = 3
 
@@ -55,52 +58,65 @@ class Evaluator:
         return metrics
 
     async def score(self, name: str, prompts: Sequence[Prompt], step: int) -> list[Scored]:
-        """All prompts of one set, in their order. Raises RunError when one keeps failing."""
-        plan: dict[str, list[tuple[int, GroupKey]]] = {}
-        generators = self.fleet.alive
-        for index, prompt in enumerate(prompts):
-            generator = generators[index % len(generators)]
-            # Evaluation keys live in negative epochs: they never meet a training key.
-            plan.setdefault(generator.name, []).append((index, GroupKey(-1 - step, f"{name}/{prompt.uid}", 0)))
+        """All prompts of one set, in their order. What a generator takes down with it goes to the others, a bounded number
+        of times. Raises RunError when something keeps failing."""
         results: dict[int, Scored] = {}
-        await asyncio.gather(*(self._share(g, plan[g.name], prompts, results) for g in generators if g.name in plan))
-        missing = [i for i in range(len(prompts)) if i not in results]
-        for index in missing:
-            results[index] = await self._again(name, prompts[index], step)
+        for attempt in range(EVAL_TRIES):
+            missing = [i for i in range(len(prompts)) if i not in results]
+            generators = self.fleet.alive
+            if not missing or not generators:
+                break
+            shares = [missing[g :: len(generators)] for g in range(len(generators))]
+            await asyncio.gather(
+                *(
+                    self._share(g, name, share, prompts, step, attempt, results)
+                    for g, share in zip(generators, shares, strict=True)
+                )
+            )
+        if len(results) < len(prompts):
+            raise RunError(
+                f"{len(prompts) - len(results)} of {len(prompts)} prompts of {name!r} could not be evaluated"
+            )
         return [results[i] for i in range(len(prompts))]
 
     async def _share(
-        self, generator: Any, items: list[tuple[int, GroupKey]], prompts: Sequence[Prompt], results: dict[int, Scored]
+        self,
+        generator: Generator,
+        name: str,
+        indices: Sequence[int],
+        prompts: Sequence[Prompt],
+        step: int,
+        attempt: int,
+        results: dict[int, Scored],
     ) -> None:
-        requests = [GroupRequest(key, prompts[i].tokens, self._sampling(prompts[i])) for i, key in items]
+        """One generator's prompts, max_concurrent at a time; what fails is missing from ``results``."""
         width = self.config.generator.max_concurrent
-        for start in range(0, len(requests), width):
-            batch = requests[start : start + width]
+        for start in range(0, len(indices), width):
+            part = indices[start : start + width]
+            # Evaluation keys live in negative epochs: they never meet a training key.
+            keys = {i: GroupKey(-1 - step, f"{name}/{prompts[i].uid}", attempt) for i in part}
+            requests = [GroupRequest(keys[i], prompts[i].tokens, self._sampling(prompts[i])) for i in part]
             try:
-                await self.fleet.submit(generator, batch)
-                scored = await asyncio.gather(
-                    *(self._one(generator, r.key, prompts[i]) for r, (i, _) in zip(batch, items[start:], strict=False))
-                )
+                await self.fleet.submit(generator, requests)
             except CallFailed as error:
                 self.fleet.mark_failed(generator, error)
                 return
-            results.update({i: s for s, (i, _) in zip(scored, items[start:], strict=False)})
+            each = await asyncio.gather(
+                *(self._one(generator, keys[i], prompts[i]) for i in part), return_exceptions=True
+            )
+            for index, scored in zip(part, each, strict=True):
+                if isinstance(scored, Scored):
+                    results[index] = scored
+                elif isinstance(scored, CallFailed):
+                    log.warning("evaluation of %s: %s", prompts[index].uid, scored)
+                    self.fleet.mark_failed(generator, scored)
+                else:
+                    raise scored
 
-    async def _one(self, generator: Any, key: GroupKey, prompt: Prompt) -> Scored:
+    async def _one(self, generator: Generator, key: GroupKey, prompt: Prompt) -> Scored:
         header, payload = await self.fleet.collect(generator, key, self.config.generator.deadline_s)
         judgements = await self.judges.judge(payload, prompt, len(header.lengths))
         return Scored(prompt, header, judgements, payload)
-
-    async def _again(self, name: str, prompt: Prompt, step: int) -> Scored:
-        for attempt in range(1, EVAL_TRIES + 1):
-            generator = self.fleet.alive[attempt % len(self.fleet.alive)]
-            key = GroupKey(-1 - step, f"{name}/{prompt.uid}", attempt)
-            try:
-                await self.fleet.submit(generator, [GroupRequest(key, prompt.tokens, self._sampling(prompt))])
-                return await self._one(generator, key, prompt)
-            except CallFailed as error:
-                self.fleet.mark_failed(generator, error)
-        raise RunError(f"evaluation of prompt {prompt.uid!r} failed {EVAL_TRIES + 1} times")
 
     def _sampling(self, prompt: Prompt) -> Sampling:
         c = self.config

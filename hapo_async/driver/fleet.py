@@ -22,6 +22,7 @@ from hapo_async.weights import Manifest
 log = logging.getLogger(__name__)
 
 INSTALL_TRIES = 3
+CONTROL_S = 30.0
 
 
 @dataclass
@@ -115,32 +116,42 @@ class Fleet:
         generator.unassign(key)
         self.changed()
 
-    async def truncate(self, keys: list[GroupKey]) -> None:
+    def owners(self, keys: Sequence[GroupKey]) -> dict[str, list[GroupKey]]:
+        """Which generator works on which of these groups."""
+        found = {g.name: [k for k in keys if k in g.outstanding] for g in self.alive}
+        return {name: mine for name, mine in found.items() if mine}
+
+    async def truncate(self, owners: dict[str, list[GroupKey]]) -> None:
         """Ends the running answers of these groups now; they come back as they are. A silent generator is ignored."""
-        await self._each("truncate", keys)
+        await self._each("truncate", owners)
 
-    async def abort(self, keys: list[GroupKey]) -> None:
-        await self._each("abort", keys)
+    async def abort(self, owners: dict[str, list[GroupKey]]) -> None:
+        """Makes generators forget groups. A silent generator is ignored."""
+        await self._each("abort", owners)
 
-    async def _each(self, method: str, keys: list[GroupKey]) -> None:
-        for generator in self.alive:
-            mine = [k for k in keys if k in generator.outstanding]
-            if not mine:
-                continue
+    async def _each(self, method: str, owners: dict[str, list[GroupKey]]) -> None:
+        async def one(generator: Generator, keys: list[GroupKey]) -> None:
             try:
-                await answer(getattr(generator.actor, method).remote(mine), 30.0, generator.name)
+                await answer(getattr(generator.actor, method).remote(keys), CONTROL_S, generator.name)
             except CallFailed as error:
-                log.warning("%s of %d groups failed: %s", method, len(mine), error)
+                log.warning("%s of %d groups failed: %s", method, len(keys), error)
+
+        await asyncio.gather(*(one(g, owners[g.name]) for g in self.alive if g.name in owners))
 
     def mark_failed(self, generator: Generator, error: CallFailed) -> None:
-        """Takes a dead or silent generator out of service. Raises RunError when it was the last one."""
+        """Takes a dead or silent generator out of service. Raises RunError when it was the last one.
+
+        Its actor is ended, so that every call that still waits for it fails at once and its groups are issued again.
+        """
         if not error.gone or not generator.alive:
             return
         generator.alive = False
+        ray.kill(generator.actor)
         log.error("%s is out of service: %s", generator.name, error)
+        self._installed.set()
+        self.changed()
         if not self.alive:
             raise RunError(f"no generator is left; the last one failed: {error}")
-        self.changed()
 
     # ---------------------------------------------------------------- weights
 
@@ -159,6 +170,7 @@ class Fleet:
             while any(g.installed != version for g in self.alive):
                 self._installed.clear()
                 await self._installed.wait()
+                self.check()
 
         try:
             await asyncio.wait_for(all_current(), deadline_s)
@@ -198,5 +210,6 @@ class Fleet:
             except CallFailed as error:
                 log.warning("closing: %s", error)
             ray.kill(generator.actor)
+            generator.alive = False
         for generator in self.generators:
             generator.slot.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,9 @@ from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import Trained, Trainer
 from hapo_async.live import LiveView
 from hapo_async.rundir import RunDir
-from hapo_async.types import Source
+from hapo_async.types import Group, Source
+
+log = logging.getLogger(__name__)
 
 FETCH_DEADLINE_S = 60.0
 
@@ -184,8 +187,24 @@ class Journal:
         if not kept:
             return
         # The step is already committed: a payload that its generator took down with it is only missing here.
-        refs = [g.gated.payload for g in kept]
-        groups = await asyncio.to_thread(ray.get, refs, timeout=FETCH_DEADLINE_S)
+        groups = await asyncio.to_thread(_fetch, [g.gated.payload for g in kept])
         age_step = trained.step - 1
-        rows = [rollouts.describe(g.gated, group, g.train, age_step) for g, group in zip(kept, groups, strict=True)]
+        pairs = [(g, group) for g, group in zip(kept, groups, strict=True) if group is not None]
+        rows = [rollouts.describe(g.gated, group, g.train, age_step) for g, group in pairs]
         await asyncio.to_thread(self.rollouts.write, trained.step, rows)
+
+
+def _fetch(refs: list[Any]) -> list[Group | None]:
+    """The groups behind references, None where one is lost."""
+    try:
+        return ray.get(refs, timeout=FETCH_DEADLINE_S)
+    except ray.exceptions.RayError:
+        return [_fetch_one(ref) for ref in refs]
+
+
+def _fetch_one(ref: Any) -> Group | None:
+    try:
+        return ray.get(ref, timeout=1.0)
+    except ray.exceptions.RayError as error:
+        log.warning("a sampled group is missing from rollouts/: %s", type(error).__name__)
+        return None

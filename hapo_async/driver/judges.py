@@ -47,13 +47,14 @@ class Judges:
     async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
         """One judgement per answer of the group behind ``payload``.
 
-        The deadline covers every answer being judged one after the other, each tried again. Raises RunError when no
-        verifier is left.
+        The deadline covers all answers that the verifier has before it, judged one after the other, each tried again.
+        Raises CallFailed when the group cannot be judged though a verifier answers (its payload is lost, a worker does
+        not start), RunError when no verifier is left.
         """
-        deadline_s = 30.0 + 2 * answers * self.config.verifier.timeout_s
         while self._actors:
             name = min(self._actors, key=lambda n: self._outstanding[n])
             self._outstanding[name] += answers
+            deadline_s = 30.0 + 2 * self._outstanding[name] * self.config.verifier.timeout_s
             try:
                 ref = self._actors[name].judge.remote(
                     payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra)
@@ -62,8 +63,9 @@ class Judges:
             except CallFailed as error:
                 if not error.gone:
                     raise
-                log.error("%s is out of service: %s", name, error)
-                self._actors.pop(name, None)
+                if (actor := self._actors.pop(name, None)) is not None:
+                    log.error("%s is out of service: %s", name, error)
+                    ray.kill(actor)
             finally:
                 self._outstanding[name] -= answers
         raise RunError("no verifier is left")

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors import placement
 from actors.learner import LearnerGroup
-from hapo_async import checkpoint, metrics, report
+from hapo_async import checkpoint, metrics, report, rollouts
 from hapo_async.buffer import Buffer
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
@@ -25,7 +25,7 @@ from hapo_async.driver.journal import Journal
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.setup import Prepared, check_libraries
-from hapo_async.driver.training import Trained, Trainer
+from hapo_async.driver.training import StepTimes, Trained, Trainer
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
@@ -78,6 +78,8 @@ def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | 
 
 
 def _already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
+    if not folder.model.is_dir():
+        _copy_model(found.path / "model", folder.model)
     rows = metrics.read(folder.path)
     evals = [{k: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
     evals = [e for e in evals if e] or [{}]
@@ -103,8 +105,10 @@ class _Run:
         self._build_flow()
         async with contextlib.AsyncExitStack() as stack:
             await self._start_actors(stack)
-            purge = self.resumed.step + 1 if self.resumed else None
+            purge = (self.resumed.step + 1 if self.resumed.step else 0) if self.resumed else None
             writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
+            if purge is not None:
+                rollouts.discard(self.folder.path, purge)
             view = stack.enter_context(LiveView(self.config.train.steps))
             self.journal = Journal(self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler)
             try:
@@ -129,9 +133,8 @@ class _Run:
         self.stream = PromptStream(p.prompts, c.seed, c.data.shuffle, c.data.epochs)
         if state:
             self.stream.restore(state["cursor"])
-        # A restart never reuses a version: the incarnation counts starts.
-        step, incarnation = (self.resumed.step, state["incarnation"] + 1) if self.resumed and state else (0, 1)
-        self.version = Version(incarnation, step)
+        step = self.resumed.step if self.resumed else 0
+        self.version = Version(self.folder.next_incarnation(), step)
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
         prompts = {prompt.uid: prompt for prompt in p.prompts}
         self.sampler = Sampler(c, p.algorithm, p.options, self.stream, prompts, self.ledger, self.buffer)
@@ -147,9 +150,15 @@ class _Run:
             Fleet.start(c, p.model_path, self.cluster, share, self.sampler.wake),
             Judges.start(c),
         )
-        self.learner, self.fleet, self.judges = await asyncio.gather(*starting)
-        for part in (self.learner, self.judges, self.fleet, self.sampler):
-            stack.push_async_callback(part.close)
+        started: Any = await asyncio.gather(*starting, return_exceptions=True)
+        failed = [part for part in started if isinstance(part, BaseException)]
+        for part in started:
+            if part not in failed:
+                stack.push_async_callback(part.close)
+        if failed:
+            raise failed[0]
+        self.learner, self.fleet, self.judges = started
+        stack.push_async_callback(self.sampler.close)
         if self.resumed:
             await self.learner.load(self.resumed.path)
         self.trainer = Trainer(c, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, self.version)
@@ -160,6 +169,8 @@ class _Run:
     async def _train(self) -> None:
         await self.trainer.publish()
         await self.fleet.wait_installed(self.version, self.config.weights.deadline_s)
+        if not self.resumed:
+            await self._checkpoint(0)  # from here on the same command continues, however the run ends
         if self.evaluator.sets and self.version.step == 0:
             self.first_evals = self.last_evals = await self.evaluator.run(0)
             self.journal.evaluation(0, self.first_evals)
@@ -175,8 +186,8 @@ class _Run:
             await asyncio.gather(feeding, training, return_exceptions=True)
         await self._finish()
 
-    async def _committed(self, trained: Trained) -> None:
-        """The step boundary: evaluation, checkpoint, then the step's row."""
+    async def _committed(self, trained: Trained) -> StepTimes:
+        """The step boundary: evaluation, the step's row and rollouts, then the checkpoint that seals them."""
         c, step = self.config, trained.step
         evals: dict[str, float] = {}
         last = step == c.train.steps
@@ -184,11 +195,12 @@ class _Run:
             began = time.monotonic()
             evals = await self._evaluate(step)
             trained.times.eval += time.monotonic() - began
-        if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
-            began = time.monotonic()
-            await self._checkpoint(step)
-            trained.times.checkpoint += time.monotonic() - began
         await self.journal.step(trained, self.trainer, evals)
+        times = StepTimes()
+        if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
+            await self._checkpoint(step)
+            times.checkpoint = time.monotonic() - times.began
+        return times
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         """Barrier: the learner waits, and every generator serves its version."""
@@ -200,10 +212,14 @@ class _Run:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
         step = self.trainer.version.step
         ended_early = step < self.config.train.steps and not self.trainer.stopping
-        if ended_early and step > 0 and self.evaluator.sets:
+        if ended_early and step == 0:
+            raise RunError(
+                "the data ended and nothing was left to train on: "
+                + ", ".join(f"{count} prompts {why}" for why, count in self.ledger.dropped_reasons.items())
+            )
+        evaluated = self.config.eval.every and step % self.config.eval.every == 0
+        if ended_early and self.evaluator.sets and not evaluated:
             self.journal.evaluation(step, await self._evaluate(step))
-        if step == 0:
-            raise RunError("the data ended before the first batch was complete and nothing was left to train on")
         path = await self._checkpoint(step)
         await asyncio.to_thread(_copy_model, path / "model", self.folder.model)
 

@@ -35,7 +35,9 @@ from hapo_async.types import (
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+MAX_REFUSALS = 3  # a prompt that engines or verifiers refuse this often is dropped
+MAX_LATE = 2  # ... and one that is too late this often
+BARREN_BATCHES = 8  # batches' worth of groups dropped in a row, with none admitted: the run stops
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Sampler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._mean_length = config.sampling.max_tokens / 2
         self._error: BaseException | None = None
+        self._barren = 0
 
     def take_tally(self) -> Tally:
         tally, self.tally = self.tally, Tally()
@@ -189,19 +192,30 @@ class Sampler:
             await fleet.submit(generator, requests)
         except CallFailed as error:
             fleet.mark_failed(generator, error)
+            if not error.gone and len(requests) > 1:
+                # All or none: one prompt that the engine refuses must not take its neighbours along.
+                for request in requests:
+                    self._start(self._dispatch(fleet, judges, generator, [request]))
+                return
             for request in requests:
-                self._give_back(fleet, generator, request.key, str(error))
+                self._give_back(fleet, generator, request.key, error)
             return
+        given_up = [r.key for r in requests if not self.ledger.is_current(r.key)]
+        if given_up:
+            await fleet.abort({generator.name: given_up})
         for request in requests:
-            self._start(self._follow(fleet, judges, generator, request.key))
+            if request.key not in given_up:
+                self._start(self._follow(fleet, judges, generator, request.key))
 
     async def _follow(self, fleet: Fleet, judges: Judges, generator: Generator, key: GroupKey) -> None:
-        flight = self.flights[key]
+        flight = self.flights.get(key)
+        if flight is None:
+            return
         try:
             header, payload = await fleet.collect(generator, key, self.config.generator.deadline_s)
         except CallFailed as error:
             fleet.mark_failed(generator, error)
-            self._give_back(fleet, generator, key, str(error))
+            self._give_back(fleet, generator, key, error)
             return
         fleet.release(generator, key)
         if not self.ledger.is_current(key):
@@ -210,7 +224,11 @@ class Sampler:
         flight.stage = "verifying"
         flight.step = header.oldest.step if header.oldest else flight.step
         began = time.monotonic()
-        judgements = await judges.judge(payload, flight.prompt, len(header.lengths))
+        try:
+            judgements = await judges.judge(payload, flight.prompt, len(header.lengths))
+        except CallFailed as error:
+            self._give_back(fleet, generator, key, error)
+            return
         self.tally.verify_s.append(time.monotonic() - began)
         for judgement in judgements:
             self.tally.verdicts[judgement.verdict] = self.tally.verdicts.get(judgement.verdict, 0) + 1
@@ -226,25 +244,33 @@ class Sampler:
     def _admit(self, header: GroupHeader, payload: Any, prompt: Prompt, judgements: list[Judgement]) -> None:
         """Gate, injection and advantage; then the buffer, or ``dropped`` when nothing is left to train on."""
         gated = GatedGroup(header, payload, prompt, tuple(judgements), self._decide(header, prompt, judgements))
-        train = None
-        if self.algorithm.composition == "demonstrations" or gated.judged.sum() >= 2:
-            train = inject.compose(
-                self.algorithm.composition,
-                gated,
-                self.algorithm.advantage,
-                advantage_group=self.config.gate.advantage_group,
-                options=self.options,
-            )
-            reason = "nothing_to_train"
-        else:
-            reason = "unverified"
+        train = inject.compose(
+            self.algorithm.composition,
+            gated,
+            self.algorithm.advantage,
+            advantage_group=self.config.gate.advantage_group,
+            options=self.options,
+        )
         self.flights.pop(header.key, None)
         if train is None:
-            self.ledger.drop(header.key, reason)
-            self.wake()
+            reason = "unverified" if judgements and gated.judged.sum() < 2 else "nothing_to_train"
+            self._drop(header.key, reason, judgements)
             return
+        self._barren = 0
         self.ledger.admit(header.key)
         self.buffer.add(Ready(gated, train))
+        self.wake()
+
+    def _drop(self, key: GroupKey, reason: str, judgements: list[Judgement]) -> None:
+        """A group without anything to learn from. Raises RunError when there is nothing else for many batches."""
+        self.ledger.drop(key, reason)
+        self._barren += 1
+        if self._barren > max(64, BARREN_BATCHES * self.config.train.batch_prompts):
+            seen = ", ".join(sorted({str(j.verdict) + (f" ({j.detail})" if j.detail else "") for j in judgements}))
+            raise RunError(
+                f"{self._barren} groups in a row were dropped as {reason!r} and none could be trained on; the last verdicts: "
+                f"{seen or 'none'}. Look at the verifier (hapo-async check-verifier) and at the data (hapo-async check-data)."
+            )
         self.wake()
 
     def _decide(self, header: GroupHeader, prompt: Prompt, judgements: list[Judgement]) -> GateDecision:
@@ -263,38 +289,46 @@ class Sampler:
 
     # ---------------------------------------------------------------- giving up
 
-    def _give_back(self, fleet: Fleet, generator: Generator, key: GroupKey, why: str) -> None:
-        """Infrastructure failed: the prompt is issued again, a bounded number of times."""
+    def _give_back(self, fleet: Fleet, generator: Generator, key: GroupKey, error: CallFailed) -> None:
+        """Infrastructure failed: the prompt is issued again. What died with a generator is never charged to the prompt;
+        one that is refused again and again is dropped."""
         fleet.release(generator, key)
-        self.flights.pop(key, None)
         if not self.ledger.is_current(key):
             return
-        if self.ledger.retry(key, why) >= MAX_ATTEMPTS:
-            self.ledger.drop(key, "failed")
-            log.error("prompt %s failed %d times, last: %s", key.uid, MAX_ATTEMPTS, why)
-            if self.ledger.dropped_reasons["failed"] > self.config.train.batch_prompts:
-                raise RunError(
-                    f"{self.ledger.dropped_reasons['failed']} prompts failed {MAX_ATTEMPTS} times each; last: {why}"
-                )
-        else:
+        self.flights.pop(key, None)
+        blameless = error.gone or error.lost
+        tries = self.ledger.retry(key, "lost" if blameless else "refused")
+        if blameless or tries < MAX_REFUSALS:
             self._retries.append((key.epoch, key.uid))
+        else:
+            self.ledger.drop(key, "failed")
+            log.error("prompt %s failed %d times, last: %s", key.uid, tries, error)
+            if self.ledger.dropped_reasons["failed"] > self.config.train.batch_prompts:
+                count = self.ledger.dropped_reasons["failed"]
+                raise RunError(f"{count} prompts failed {MAX_REFUSALS} times each; the last: {error}")
         self.wake()
+
+    async def truncate_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
+        """Cuts the running answers of these groups short."""
+        await fleet.truncate(fleet.owners(keys))
 
     async def give_up_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
         """Drops groups that would grow too old: aborted, issued again once, then quarantined (``dropped(late)``)."""
-        await fleet.abort(keys)
+        owners = fleet.owners(keys)
+        # The books first: whatever an aborted call brings then belongs to an attempt that is over.
         for key in keys:
             if not self.ledger.is_current(key):
                 continue
             self.flights.pop(key, None)
             for generator in fleet.generators:
                 generator.unassign(key)
-            if self.ledger.retry(key, "late") >= 2:
+            if self.ledger.retry(key, "late") >= MAX_LATE:
                 self.ledger.drop(key, "late")
             else:
                 self._retries.append((key.epoch, key.uid))
             self.tally.late += 1
         self.wake()
+        await fleet.abort(owners)
 
     def reissue(self, groups: list[Ready], reason: str) -> None:
         """Buffered groups that can no longer be trained on are sampled anew."""

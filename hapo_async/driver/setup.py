@@ -55,8 +55,21 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
         loaded, reports[source] = data.load_prompts(config, source, tokenizer, "eval")
         if not loaded:
             raise DataError(f"evaluation set {source!r} holds no usable prompt.")
-        eval_sets[_free_name(evaluate.set_name(source), eval_sets)] = loaded[: config.eval.limit or None]
+        eval_sets[free_name(evaluate.set_name(source), eval_sets)] = loaded[: config.eval.limit or None]
+    check_context(config, model_path, [*prompts, *(p for loaded in eval_sets.values() for p in loaded)])
     return Prepared(config, algorithm, options, model_path, tokenizer, prompts, eval_sets, reports)
+
+
+def check_context(config: Config, model_path: str, prompts: list[Prompt]) -> None:
+    """Every prompt with its longest answer fits the model. Raises ConfigError with the numbers."""
+    limit = data.context_tokens(model_path)
+    longest = max(len(p.tokens) for p in prompts)
+    answer = max(config.sampling.max_tokens, config.eval.max_tokens)
+    if longest + answer > limit:
+        raise ConfigError(
+            f"the longest prompt ({longest} tokens) and sampling.max_tokens or eval.max_tokens ({answer}) exceed the model's "
+            f"{limit} positions. Lower the latter to {max(1, limit - longest)} or less, or data.max_prompt_tokens."
+        )
 
 
 def check_libraries(config: Config, gpus: bool | None) -> None:
@@ -78,7 +91,8 @@ def check_libraries(config: Config, gpus: bool | None) -> None:
         raise ConfigError("the vllm: section has no effect with generator.engine=transformers. Remove one of the two.")
 
 
-def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+def free_name(name: str, taken: Mapping[str, Any]) -> str:
+    """``name``, or ``name_2``, ``name_3``, ... when it is taken."""
     number = 2
     unique = name
     while unique in taken:

@@ -10,7 +10,7 @@ from hapo_async.config import Config
 from hapo_async.driver.evaluation import Evaluator
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.judges import Judges
-from hapo_async.driver.setup import check_libraries
+from hapo_async.driver.setup import check_libraries, free_name
 from hapo_async.errors import DataError
 from hapo_async.types import Prompt
 
@@ -26,7 +26,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
         prompts, report = data.load_prompts(config, source, tokenizer, "eval")
         if not prompts:
             raise DataError(f"evaluation set {source!r} holds no usable prompt: {report.text()}")
-        sets[evaluate.set_name(source)] = prompts[: config.eval.limit or None]
+        sets[free_name(evaluate.set_name(source), sets)] = prompts[: config.eval.limit or None]
     cluster = placement.join(config.generator.count)
     try:
         return asyncio.run(_evaluate(config, model_path, cluster, sets))

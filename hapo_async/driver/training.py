@@ -78,9 +78,10 @@ class Trainer:
         manifest, refs = await self.learner.publish(self.version)
         self.fleet.publish(manifest, refs)
 
-    async def run(self, committed: Callable[[Trained], Awaitable[None]]) -> None:
+    async def run(self, committed: Callable[[Trained], Awaitable[StepTimes]]) -> None:
         """Steps until train.steps, until the data end, or until ``stopping``. ``committed`` is awaited after each step:
-        evaluation, checkpoint and metrics happen there, at the step boundary."""
+        evaluation, metrics and checkpoint happen there, at the step boundary. It returns the next step's clock, which
+        holds what came after the row was written."""
         times = StepTimes()
         while self.version.step < self.config.train.steps and not self.stopping:
             groups = await self._next_batch(times)
@@ -99,10 +100,10 @@ class Trainer:
             self.sampler.step = self.version.step
             self.sampler.wake()
             times.sync += time.monotonic() - began
-            await committed(Trained(self.version.step, groups, learned, times))
+            times = await committed(Trained(self.version.step, groups, learned, times))
             self.sampler.hold = False
             self.sampler.wake()
-            times = StepTimes()
+            del groups  # their payloads may leave the object store
 
     # ---------------------------------------------------------------- batches
 
@@ -113,6 +114,8 @@ class Trainer:
         if self.stopping:
             return []
         await self._wait_for_overdue(step, eta, times)
+        if self.stopping:
+            return []
         expired = self.buffer.take_expired(step, eta)
         self.expired += len(expired)
         self.sampler.reissue(expired, "too old")
@@ -136,7 +139,7 @@ class Trainer:
         truncated = False
         deadline = began + self.config.staleness.late_deadline_s
         self.late += len(self._late(step, eta))
-        while late := self._late(step, eta):
+        while not self.stopping and (late := self._late(step, eta)):
             try:
                 await self._arrival(max(0.01, deadline - time.monotonic()))
             except TimeoutError:
@@ -144,7 +147,7 @@ class Trainer:
                     truncated = True
                     deadline = time.monotonic() + self.config.staleness.late_deadline_s
                     self.truncated += len(late)
-                    await self.fleet.truncate(late)
+                    await self.sampler.truncate_late(self.fleet, late)
                 else:
                     await self.sampler.give_up_late(self.fleet, late)
         times.wait_for_stale += time.monotonic() - began
@@ -168,8 +171,11 @@ class Trainer:
         self.sampler.arrived.clear()
         self.sampler.check()
         self.fleet.check()
-        await asyncio.wait_for(self.sampler.arrived.wait(), timeout_s)
-        self.sampler.check()
+        try:
+            await asyncio.wait_for(self.sampler.arrived.wait(), timeout_s)
+        finally:
+            self.sampler.check()
+            self.fleet.check()
 
     # ---------------------------------------------------------------- the step
 

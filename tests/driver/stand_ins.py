@@ -1,0 +1,205 @@
+"""Stand-ins for remote actors, so that the driver's own loops can be put through deaths, delays and refusals in
+milliseconds. What is tested is the driver; the actors themselves have their own tests."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+
+from hapo_async import algorithms, config
+from hapo_async.buffer import Buffer
+from hapo_async.data import PromptStream
+from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.driver.sampling import Sampler
+from hapo_async.driver.training import StepTimes, Trained, Trainer
+from hapo_async.ledger import Ledger
+from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Verdict, Version
+from hapo_async.weights import Manifest
+
+
+class Method:
+    """``actor.method.remote(...)`` as a task; Ray's references can be awaited just so."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.remote = function
+
+
+def raised(message: str) -> Exception:
+    return ray.exceptions.RayTaskError("method", "traceback", ValueError(message))
+
+
+class StandInGenerator:
+    """Answers after ``latency(key)`` seconds; may die, refuse prompts, install slowly."""
+
+    def __init__(self, name: str, latency: Callable[[GroupKey], float] = lambda key: 0.002) -> None:
+        self.name, self.latency = name, latency
+        self.version = Version(0, 0)
+        self.refused: set[str] = set()
+        self.install_s = 0.0
+        self.submit_s = 0.0
+        self.issued: list[GroupKey] = []
+        self._slots: dict[GroupKey, asyncio.Future[GroupHeader]] = {}
+        self._dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.submit, self.install = self._method(self._submit), self._method(self._install)
+        self.truncate, self.abort = self._method(self._truncate), self._method(self._abort)
+        self.collect = Method(lambda key: (self._call(self._collect(key)), ("payload", key)))
+
+    def die(self) -> None:
+        if not self._dead.done():
+            self._dead.set_result(None)
+
+    def _method(self, function: Callable[..., Any]) -> Method:
+        return Method(lambda *arguments: self._call(function(*arguments)))
+
+    def _call(self, work: Any) -> asyncio.Task[Any]:
+        async def run() -> Any:
+            task = asyncio.ensure_future(work)
+            await asyncio.wait({task, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+            if self._dead.done():
+                task.cancel()
+                raise ray.exceptions.ActorDiedError()
+            return task.result()
+
+        outer = asyncio.ensure_future(run())
+        outer.add_done_callback(lambda t: t.cancelled() or t.exception())
+        return outer
+
+    async def _submit(self, requests: list[GroupRequest]) -> None:
+        await asyncio.sleep(self.submit_s)
+        for request in requests:
+            if request.key.uid in self.refused:
+                raise raised(f"{request.key} is refused")
+        loop = asyncio.get_running_loop()
+        for request in requests:
+            self.issued.append(request.key)
+            future = loop.create_future()
+            future.add_done_callback(lambda f: f.cancelled() or f.exception())
+            self._slots[request.key] = future
+            loop.call_later(self.latency(request.key), self._finish, request.key, self._header(request, self.version))
+
+    def _header(self, request: GroupRequest, version: Version, reason: str = "stop") -> GroupHeader:
+        n = request.sampling.n
+        return GroupHeader(
+            request.key, (4,) * n, (reason,) * n, (version.step,) * n, version, version, 3, self.name, 0.1
+        )
+
+    def _finish(self, key: GroupKey, header: GroupHeader) -> None:
+        if key in self._slots and not self._slots[key].done():
+            self._slots[key].set_result(header)
+
+    async def _collect(self, key: GroupKey) -> GroupHeader:
+        if key not in self._slots:
+            raise raised(f"{key} is unknown")
+        header = await asyncio.shield(self._slots[key])
+        self._slots.pop(key, None)
+        return header
+
+    async def _install(self, manifest: Manifest, refs: list[Any]) -> dict[str, Any]:
+        await asyncio.sleep(self.install_s)
+        self.version = manifest.version
+        return {"version": str(manifest.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 1}
+
+    async def _truncate(self, keys: list[GroupKey]) -> None:
+        for key in keys:
+            header = GroupHeader(
+                key, (2, 2), ("length",) * 2, (self.version.step,) * 2, self.version, self.version, 3, self.name, 0.1
+            )
+            self._finish(key, header)
+
+    async def _abort(self, keys: list[GroupKey]) -> None:
+        for key in keys:
+            future = self._slots.pop(key, None)
+            if future and not future.done():
+                future.set_exception(raised("aborted"))
+
+
+class StandInJudges:
+    """Every second answer is right; or every verdict is ``always``; or ``error`` is raised."""
+
+    def __init__(self, always: Verdict | None = None, error: Exception | None = None) -> None:
+        self.always, self.error, self.count = always, error, 1
+
+    async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        if self.always:
+            return [Judgement(self.always, None)] * answers
+        return [Judgement(Verdict.CORRECT, 1.0) if i % 2 else Judgement(Verdict.WRONG, 0.0) for i in range(answers)]
+
+
+class StandInLearner:
+    """Records what it trained; skips a share of steps."""
+
+    def __init__(self, skip_share: float = 0.0, step_s: float = 0.001) -> None:
+        self.trained: list[list[GroupKey]] = []
+        self.skip_share, self.step_s = skip_share, step_s
+        self._rng = random.Random(0)
+
+    async def step(self, plans: list[Any]) -> dict[str, float]:
+        await asyncio.sleep(self.step_s)
+        if self._rng.random() < self.skip_share:
+            return {"skipped": 1.0}
+        self.trained.append([g.key for plan in plans for mini in plan.minis for g in mini])
+        return {"skipped": 0.0}
+
+    async def publish(self, version: Version) -> tuple[Manifest, list[Any]]:
+        await asyncio.sleep(0)
+        return Manifest(version, ()), []
+
+
+class Loop:
+    """The driver's real sampler, trainer, fleet, ledger and buffer around stand-ins."""
+
+    def __init__(
+        self, generators: list[StandInGenerator], *, prompts: int, judges: Any = None, trains: Any = None, **tree: Any
+    ):
+        base: dict[str, Any] = {"algorithm": "grpo", "sampling": {"n": 2, "max_tokens": 8}}
+        self.config = config.parse({**base, **tree})
+        algorithm = algorithms.get(self.config.algorithm)
+        options = algorithm.check_config(self.config)
+        items = [
+            Prompt(f"p{i:03}", ({"role": "user", "content": "x"},), np.arange(3, dtype=np.int32), "1")
+            for i in range(prompts)
+        ]
+        self.ledger = Ledger()
+        stream = PromptStream(items, 0, True, self.config.data.epochs)
+        self.buffer = Buffer((self.config.max_staleness + 1) * self.config.train.batch_prompts, self.ledger.order)
+        by_uid = {p.uid: p for p in items}
+        self.sampler = Sampler(self.config, algorithm, options, stream, by_uid, self.ledger, self.buffer)
+        fleet = [Generator(g.name, g, None) for g in generators]  # type: ignore[arg-type]
+        self.fleet = Fleet(self.config, fleet, self.sampler.wake)
+        self.judges = judges or StandInJudges()
+        self.learner = trains or StandInLearner()
+        self.trainer = Trainer(
+            self.config, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, Version(1, 0)
+        )
+        self.ages: list[int] = []
+
+    async def _committed(self, trained: Trained) -> StepTimes:
+        self.ages += [trained.step - 1 - g.header.oldest.step for g in trained.groups if g.header.oldest]
+        return StepTimes()
+
+    async def run(self, limit_s: float = 20.0) -> None:
+        """Until the run ends by itself. Raises what it raises, or TimeoutError when it hangs."""
+        await self.trainer.publish()
+        await self.fleet.wait_installed(Version(1, 0), 5.0)
+        feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
+        training = asyncio.create_task(self.trainer.run(self._committed))
+        try:
+            done, _ = await asyncio.wait({feeding, training}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise TimeoutError(f"hangs at step {self.trainer.version.step}: {self.ledger.counts()}")
+            for task in done:
+                task.result()
+        finally:
+            for task in (feeding, training):
+                task.cancel()
+            await asyncio.gather(feeding, training, return_exceptions=True)
+            await self.sampler.close()
+        self.ledger.check()
