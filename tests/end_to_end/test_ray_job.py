@@ -32,7 +32,7 @@ def head(tmp_path_factory):
     command = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={temp}",
-        "--disable-usage-stats",
+        "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -62,7 +62,13 @@ def test_a_submitted_job_trains(head, tmp_path):
         "eval.every=0", f"run.dir={run_dir}",
     ]  # fmt: skip
     environment = {**os.environ, "RAY_ADDRESS": ""}
-    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, check=False)
+    deadline = time.monotonic() + 60
+    while True:
+        result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, check=False)
+        # The job server answers a little before the agent that starts jobs is there.
+        if "No available agent" not in result.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "succeeded" in result.stdout.lower()
     assert [r["step"] for r in json_lines(run_dir / "metrics.jsonl")] == [0, 1, 2, 3]
