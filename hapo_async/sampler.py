@@ -163,8 +163,12 @@ class Sampler:
 
     @torch.inference_mode()
     def truncate(self, keys: Iterable[GroupKey]) -> None:
-        """Running answers of these groups end where they are ("length"), each with at least one token."""
+        """Running answers of these groups end where they are ("length"), each with at least one token. Groups that have
+        not started yet are left alone: cut to nothing they would teach nothing."""
+        started = {id(state.job) for state in self._rows}
         for job in (self._jobs[k] for k in keys if k in self._jobs):
+            if id(job) not in started:
+                continue
             job.cap = 1
             for row, state in enumerate(self._rows):
                 if state.job is job:
@@ -316,23 +320,28 @@ class Sampler:
         self._cache.reserve(self.running, max(len(tokens) for tokens, _, _ in fills))
         self._cache.first = min(self._cache.first, self._cache.cursor - max(len(tokens) for tokens, _, _ in fills))
         self._cache.filling = True
-        for batch in _chunks(sorted(fills, key=lambda f: len(f[0])), PREFILL_TOKENS):
-            width = len(batch[-1][0])
-            padded = np.zeros((len(batch), width), np.int64)
-            for i, (tokens, _, _) in enumerate(batch):
-                padded[i, : len(tokens)] = tokens
-            if width:
-                self.model(
-                    input_ids=torch.from_numpy(padded).to(self.device),
-                    position_ids=torch.arange(width, device=self.device)[None],
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            for i, (tokens, row, end) in enumerate(batch):
-                self._cache.place(row, end, i, len(tokens))
-        self._cache.filling = False
+        try:
+            for batch in _chunks(sorted(fills, key=lambda f: len(f[0])), PREFILL_TOKENS):
+                self._fill_batch(batch)
+        finally:
+            self._cache.filling = False
         self._cache.forget_prefill()
+
+    def _fill_batch(self, batch: list[tuple[np.ndarray, int, int]]) -> None:
+        width = len(batch[-1][0])
+        padded = np.zeros((len(batch), width), np.int64)
+        for i, (tokens, _, _) in enumerate(batch):
+            padded[i, : len(tokens)] = tokens
+        if width:
+            self.model(
+                input_ids=torch.from_numpy(padded).to(self.device),
+                position_ids=torch.arange(width, device=self.device)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        for i, (tokens, row, end) in enumerate(batch):
+            self._cache.place(row, end, i, len(tokens))
 
     # ---------------------------------------------------------------- endings
 
