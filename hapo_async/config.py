@@ -142,7 +142,7 @@ class WeightsConfig(_Section):
     transport: Literal["ray"] = Field("ray", description="ray: the object store.")
     bucket_bytes: int = Field(256 << 20, ge=1024, description="Size of one piece of the stream.")
     deadline_s: float = Field(
-        300.0, gt=0, description="A generator that has not applied an update by then is restarted."
+        300.0, gt=0, description="A generator that has not applied an update by then is taken out of service."
     )
 
 
