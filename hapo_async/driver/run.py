@@ -53,12 +53,13 @@ def train(prepared: Prepared) -> Outcome:
         resumed = _find_checkpoint(prepared.config, folder)
         if resumed and resumed.step >= prepared.config.train.steps:
             return _already_done(folder, resumed)
+        stream = _open_stream(prepared, resumed)  # refuses other data before anything is started or overwritten
         folder.write_config()
         actors = prepared.config.generator.count + prepared.config.learner.ranks
         cluster = placement.join(actors)
         try:
             check_libraries(prepared.config, cluster.device == "cuda")
-            return asyncio.run(_Run(prepared, folder, cluster, resumed).go())
+            return asyncio.run(_Run(prepared, folder, cluster, resumed, stream).go())
         finally:
             cluster.stop()
             with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
@@ -77,6 +78,17 @@ def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | 
     return found
 
 
+def _open_stream(prepared: Prepared, resumed: checkpoint.Checkpoint | None) -> PromptStream:
+    """The data where the checkpoint left them. Raises DataError when these are other data, or in another order."""
+    c = prepared.config
+    stream = PromptStream(prepared.prompts, c.seed, c.data.shuffle, c.data.epochs)
+    if resumed:
+        stream.restore(resumed.driver["cursor"])
+        if resumed.driver["config_digest"] != c.digest():
+            log.warning("continuing from step %d with a changed configuration", resumed.step)
+    return stream
+
+
 def _already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
     if not folder.model.is_dir():
         _copy_model(found.path / "model", folder.model)
@@ -90,13 +102,19 @@ class _Run:
     """The parts of a run and the order in which they come up and go down."""
 
     def __init__(
-        self, prepared: Prepared, folder: RunDir, cluster: placement.Cluster, resumed: checkpoint.Checkpoint | None
+        self,
+        prepared: Prepared,
+        folder: RunDir,
+        cluster: placement.Cluster,
+        resumed: checkpoint.Checkpoint | None,
+        stream: PromptStream,
     ) -> None:
         self.prepared = prepared
         self.config = prepared.config
         self.folder = folder
         self.cluster = cluster
         self.resumed = resumed
+        self.stream = stream
         self.began = time.monotonic()
         self.first_evals: dict[str, float] = {}
         self.last_evals: dict[str, float] = {}
@@ -130,9 +148,6 @@ class _Run:
         p, c = self.prepared, self.config
         state = self.resumed.driver if self.resumed else None
         self.ledger = Ledger.resumed(state["ledger"]) if state else Ledger()
-        self.stream = PromptStream(p.prompts, c.seed, c.data.shuffle, c.data.epochs)
-        if state:
-            self.stream.restore(state["cursor"])
         step = self.resumed.step if self.resumed else 0
         self.version = Version(self.folder.next_incarnation(), step)
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)

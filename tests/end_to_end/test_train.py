@@ -148,6 +148,13 @@ def test_a_finished_run_can_be_taken_further(plain, tmp_path):
     assert spans and {s[0].split(".")[0] for s in spans} == {"2"}, "a restart must count as a new incarnation"
 
 
+def test_a_run_is_not_continued_on_other_data(plain, capsys):
+    before = (plain[0] / "config.yaml").read_text()
+    code = hapo_here("train", *SMALL, f"run.dir={plain[0]}", "train.steps=9", "data.limit=100")
+    assert code == 2 and "data" in capsys.readouterr().err
+    assert (plain[0] / "config.yaml").read_text() == before
+
+
 def test_a_synchronous_run_from_its_own_config_gives_the_same_weights(tmp_path):
     from safetensors.torch import load_file
 
