@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hapo_async.errors import ConfigError
 
@@ -134,6 +134,12 @@ class StalenessConfig(_Section):
         "truncate", description="What happens to a group that would grow too old."
     )
     late_deadline_s: float = Field(120.0, gt=0, description="How long the learner waits for such a group first.")
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as False."""
+        return "off" if value is False else value
 
 
 class WeightsConfig(_Section):

@@ -17,6 +17,13 @@ def test_overrides_reach_nested_keys_and_keep_their_types():
     assert (c.learner.lr, c.train.steps, c.data.eval, c.gate.mode) == (1e-4, 7, ["a.jsonl", "b.json"], "never")
 
 
+def test_the_bare_word_off_is_not_a_boolean(tmp_path):
+    assert config.load(None, ["staleness.correction=off", "max_staleness=2"]).correction == "off"
+    path = tmp_path / "c.yaml"
+    path.write_text("staleness:\n  correction: off\n")
+    assert config.load(path).staleness.correction == "off"
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.yaml.*does not exist"):
         config.load(tmp_path / "nothing.yaml")
