@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -130,6 +131,7 @@ def explain(algorithm: Annotated[str | None, typer.Argument()] = None, as_json: 
     """Print what an algorithm is made of, from the code; without a name, list all."""
     from hapo_async import algorithms
 
+    algorithm = algorithm.lower().replace("+", "_").replace(".", "_") if algorithm else None
     names = [algorithm] if algorithm else algorithms.names()
     parts = {name: algorithms.get(name).describe() for name in names}
     if as_json:
@@ -146,7 +148,7 @@ def explain(algorithm: Annotated[str | None, typer.Argument()] = None, as_json: 
         return
     for key, value in parts[algorithm].items():
         out.print(f"[bold]{key:>12}[/]  ", end="")
-        out.print(json.dumps(value) if isinstance(value, dict | list) else value, markup=False)
+        out.print(json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value, markup=False)
 
 
 @app.command()
@@ -156,6 +158,8 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: 
     if not path.exists():
         raise ConfigError(f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a run that has started.")
     state = json.loads(path.read_text())
+    if state["state"] == "running" and not psutil.pid_exists(state["pid"]):
+        state["state"] = f"dead: its driver (pid {state['pid']}) is gone; the same command continues it"
     if as_json:
         out.print_json(json.dumps(state))
         return

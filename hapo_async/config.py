@@ -364,7 +364,7 @@ def _nearest(key: str) -> str:
     known = known_keys()
     leaf = key.rsplit(".", 1)[-1]
     by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    near = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], n=1, cutoff=0.7)]
     return f" Did you mean {near[0]!r}?" if near else " `hapo-async train CONFIG --dry-run` prints all keys."
 

@@ -7,7 +7,6 @@ metric time/eval_s.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
-
-log = logging.getLogger(__name__)
 
 EVAL_TRIES = 3
 
@@ -48,6 +45,7 @@ class Evaluator:
         self.sets = sets
         self.fleet = fleet
         self.judges = judges
+        self._last = "no generator is left"
 
     async def run(self, step: int) -> dict[str, float]:
         """Metrics of all sets at the version that is installed now."""
@@ -99,6 +97,7 @@ class Evaluator:
             try:
                 await self.fleet.submit(generator, requests)
             except CallFailed as error:
+                self._last = str(error)
                 self.fleet.mark_failed(generator, error)
                 return
             each = await asyncio.gather(
@@ -108,7 +107,7 @@ class Evaluator:
                 if isinstance(scored, Scored):
                     results[index] = scored
                 elif isinstance(scored, CallFailed):
-                    log.warning("evaluation of %s: %s", prompts[index].uid, scored)
+                    self._last = str(scored)
                     self.fleet.mark_failed(generator, scored)
                 else:
                     raise scored

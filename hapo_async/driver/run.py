@@ -128,6 +128,8 @@ class _Run:
             if purge is not None:
                 rollouts.discard(self.folder.path, purge)
             view = stack.enter_context(LiveView(self.config.train.steps))
+            if self.resumed:
+                view.console.print(f"continuing from the checkpoint of step {self.resumed.step}", highlight=False)
             self.journal = Journal(self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler)
             try:
                 with self._signals():

@@ -14,6 +14,7 @@ import pytest
 
 from tests.end_to_end.helpers import json_lines
 
+AUTHENTICATED = {"RAY_AUTH_MODE": "token"}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -27,7 +28,8 @@ def free_port() -> int:
 def head(tmp_path_factory):
     """A Ray head on loopback with a job server; ended by the pids that it started."""
     gcs, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **AUTHENTICATED}
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True, timeout=60)
     temp = Path("/tmp") / f"rj{os.getpid()}"
     command = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true",
@@ -61,7 +63,7 @@ def test_a_submitted_job_trains(head, tmp_path):
         sys.executable, "-m", "hapo_async", "train", "configs/quickstart.yaml", "train.steps=3", "eval.limit=8",
         "eval.every=0", f"run.dir={run_dir}",
     ]  # fmt: skip
-    environment = {**os.environ, "RAY_ADDRESS": ""}
+    environment = {**os.environ, "RAY_ADDRESS": "", **AUTHENTICATED}
     deadline = time.monotonic() + 60
     while True:
         result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, check=False)
