@@ -44,6 +44,7 @@ def seal(folder: Path, root: Path, step: int, driver: dict[str, Any]) -> Path:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {"step": step, "files": {str(p.relative_to(folder)): _describe(p) for p in files}}
     for path in files:
+        path.chmod(0o644)  # safetensors are written for their owner alone; a shared run folder is for colleagues too
         _sync(path)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(folder / MANIFEST)

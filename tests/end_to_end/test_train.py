@@ -148,6 +148,13 @@ def test_a_finished_run_can_be_taken_further(plain, tmp_path):
     assert spans and {s[0].split(".")[0] for s in spans} == {"2"}, "a restart must count as a new incarnation"
 
 
+def test_the_trained_model_evaluates_without_further_settings(plain, capsys):
+    """The default answer length is longer than this model's context: it is fitted, not refused."""
+    capsys.readouterr()
+    assert hapo_here("eval", str(plain[0] / "model"), "--data", "builtin:chain/eval", "--json", "eval.limit=8") == 0
+    assert json.loads(capsys.readouterr().out)["eval/chain-eval/prompts"] == 8
+
+
 def test_a_run_is_not_continued_on_other_data(plain, capsys):
     before = (plain[0] / "config.yaml").read_text()
     code = hapo_here("train", *SMALL, f"run.dir={plain[0]}", "train.steps=9", "data.limit=100")
