@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import zlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -274,7 +273,7 @@ class Sampler:
         self.wake()
 
     def _decide(self, header: GroupHeader, prompt: Prompt, judgements: list[Judgement]) -> GateDecision:
-        seed = zlib.crc32(f"{self.config.seed}/{header.key.epoch}/{prompt.uid}".encode())
+        seed = gate.seed_of(header.key, self.config.seed)
         rewards = [j.reward or 0.0 for j in judgements]
         judged = [j.verdict.is_judged for j in judgements]
         return gate.decide(
