@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,7 +38,6 @@ class Buffer:
     capacity: int
     order: Callable[[GroupKey], int]
     _groups: list[Ready] = field(default_factory=list)
-    _since: dict[GroupKey, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -47,7 +45,6 @@ class Buffer:
     def add(self, group: Ready) -> None:
         assert len(self._groups) < self.capacity, f"buffer of {self.capacity} overflows: admission is broken"
         self._groups.append(group)
-        self._since[group.key] = time.monotonic()
 
     def take(self, count: int, step: int, max_staleness: int) -> list[Ready]:
         """The ``count`` oldest groups (fewer when there are fewer), checked against the bound.
@@ -58,7 +55,6 @@ class Buffer:
         self._groups.sort(key=self._age_key)
         taken, self._groups = self._groups[:count], self._groups[count:]
         for group in taken:
-            self._since.pop(group.key)
             staleness = self.staleness(group, step)
             if not 0 <= staleness <= max_staleness:
                 raise RunError(
@@ -70,16 +66,11 @@ class Buffer:
         """Removes and returns the groups that are already too old at ``step``."""
         expired = [g for g in self._groups if self.staleness(g, step) > max_staleness]
         self._groups = [g for g in self._groups if self.staleness(g, step) <= max_staleness]
-        for group in expired:
-            self._since.pop(group.key)
         return expired
 
     def oldest_steps(self) -> list[int]:
         """The version step of each waiting group's oldest token (demonstrations have none)."""
         return [g.header.oldest.step for g in self._groups if g.header.oldest is not None]
-
-    def longest_wait_s(self) -> float:
-        return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     @staticmethod
     def staleness(group: Ready, step: int) -> int:

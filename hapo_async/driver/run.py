@@ -153,8 +153,7 @@ class _Run:
         step = self.resumed.step if self.resumed else 0
         self.version = Version(self.folder.next_incarnation(), step)
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
-        prompts = {prompt.uid: prompt for prompt in p.prompts}
-        self.sampler = Sampler(c, p.algorithm, p.options, self.stream, prompts, self.ledger, self.buffer)
+        self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
         self.sampler.step = step
 
     async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:

@@ -307,10 +307,6 @@ class Sampler:
                 raise RunError(f"{count} prompts failed {MAX_REFUSALS} times each; the last: {error}")
         self.wake()
 
-    async def truncate_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
-        """Cuts the running answers of these groups short."""
-        await fleet.truncate(fleet.owners(keys))
-
     async def give_up_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
         """Drops groups that would grow too old: aborted, issued again once, then quarantined (``dropped(late)``)."""
         owners = fleet.owners(keys)

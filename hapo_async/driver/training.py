@@ -147,7 +147,7 @@ class Trainer:
                     truncated = True
                     deadline = time.monotonic() + self.config.staleness.late_deadline_s
                     self.truncated += len(late)
-                    await self.sampler.truncate_late(self.fleet, late)
+                    await self.fleet.truncate(self.fleet.owners(late))
                 else:
                     await self.sampler.give_up_late(self.fleet, late)
         times.wait_for_stale += time.monotonic() - began
