@@ -10,7 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from hapo_async.upge import OLD, Contribution, Mean, Options, Tokens, clip_range, clipped, log_ratio, wide
+from hapo_async.upge import (
+    OLD,
+    Contribution,
+    Mean,
+    Options,
+    Tokens,
+    clip_range,
+    clipped,
+    contribution,
+    log_ratio,
+    wide,
+)
 
 MIN_ANCHOR_MASS = 1e-4
 """APO's pull is skipped where the reference's mass Z on the anchor set is smaller: r_a is unbounded as Z -> 0."""
@@ -24,23 +35,23 @@ def anchored(t: Tokens, options: Options) -> Contribution:
 
     anchor_clip ``joint``: min(r A, clip(r) A). ``push_only``: min(lam rho A, clip(lam rho) A) - beta A r_a.
     """
-    plain = clipped(t, options)
-    failing = t.selected & (t.advantage < 0)
     if options["beta"] == 0 and options["lam"] == 1:
-        return plain
+        return clipped(t, options)
+    failing = t.selected & (t.advantage < 0)
     anchor, usable = anchor_ratio(t, failing, options)
-    low, _ = clip_range(options)
-    push = options["lam"] * OLD.gain(t.logp, t.logp_prox)
-    pull = options["beta"] * anchor
+    ratio = OLD.gain(t.logp, t.logp_prox)
+    low, high = clip_range(options)
+    push, pull = options["lam"] * ratio, options["beta"] * anchor
     clip_on = push if options["anchor_clip"] == "push_only" else push - pull
-    keep = clip_on >= low
-    kept = torch.where(keep, clip_on, 0.0)
-    at_bound = torch.where(keep, clip_on, low).detach()
     outside = pull if options["anchor_clip"] == "push_only" else torch.zeros_like(pull)
-    value = torch.where(failing, t.advantage * (at_bound - outside), plain.value)
-    surrogate = torch.where(failing, t.advantage * (kept - outside), plain.surrogate)
-    alive = torch.where(failing, keep, plain.keep)
-    return Contribution(value.detach(), surrogate, alive, _anchor_stats(anchor.detach(), failing, usable, keep))
+    alive = torch.where(failing, clip_on >= low, (t.advantage == 0) | (ratio <= high))
+    bounded = torch.where(failing, torch.full_like(ratio.detach(), low), high)
+    moving = torch.where(alive, torch.where(failing, clip_on, ratio), 0.0)
+    value = t.advantage * (torch.where(alive, moving, bounded) - outside)
+    # The pull outside the clip goes on where the push has stopped, so the mask is applied here.
+    made = contribution(t, value, t.advantage * (moving - outside), torch.ones_like(alive))
+    stats = _anchor_stats(anchor.detach(), failing, usable, alive)
+    return made._replace(keep=alive | ~t.selected, stats=stats)
 
 
 def anchor_ratio(t: Tokens, failing: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -48,16 +59,17 @@ def anchor_ratio(t: Tokens, failing: Tensor, options: Options) -> tuple[Tensor, 
     skipped: where A >= 0, S is empty, or the reference's mass Z on S is below 1e-4."""
     if options["beta"] == 0:
         return torch.zeros_like(t.logp), torch.zeros_like(failing)
-    if t.topk_logp is None or t.topk_ref_logp is None:
+    topk_logp, topk_ref_logp, keep = t.batch.topk_logp, t.batch.topk_ref_logp, t.batch.topk_keep
+    if topk_logp is None or topk_ref_logp is None:
         raise ValueError("APO needs topk_logp and topk_ref_logp [N, K] (or beta=0)")
-    in_set = torch.ones_like(t.topk_logp, dtype=torch.bool) if t.topk_keep is None else t.topk_keep.bool()
+    in_set = torch.ones_like(topk_logp, dtype=torch.bool) if keep is None else keep.bool()
     in_set = in_set & failing[:, None]
-    mass = torch.where(in_set, wide(t.topk_ref_logp), -math.inf).exp().sum(-1)
+    mass = torch.where(in_set, wide(topk_ref_logp), -math.inf).exp().sum(-1)
     usable = failing & (mass >= MIN_ANCHOR_MASS)
-    present = in_set & usable[:, None] & torch.isfinite(t.topk_logp.detach())
+    present = in_set & usable[:, None] & torch.isfinite(topk_logp.detach())
     if present.shape[-1] == 0:
         return torch.zeros_like(t.logp), torch.zeros_like(failing)
-    log_mass = torch.logsumexp(torch.where(present, wide(t.topk_logp), _NEVER), -1)
+    log_mass = torch.logsumexp(torch.where(present, wide(topk_logp), _NEVER), -1)
     log_r = log_ratio(log_mass, torch.where(usable, mass, 1.0).log().detach())
     anchor = torch.where(usable, log_r.to(t.logp.dtype).exp(), 0.0)
     limit = options.get("r_anchor_max")

@@ -1,7 +1,9 @@
 """Old tokens: the importance weight and the proximal policy that an objective uses for them (ALGORITHMS: staleness).
 
-Per token the loss is w * Loss(rho = pi_theta / pi_prox) with a detached weight w = min(pi_prox / pi_behave, C). Teacher
-tokens have w = 1 and no ratio, and are in none of the statistics.
+Per token the loss is w * Loss(rho = pi_theta / pi_prox) with a detached weight w = min(pi_prox / pi_behave, C). Terms
+that clip per sequence take the geometric mean of a response as its weight; terms that form no ratio of their own
+(REINFORCE) weigh by min(pi_theta / pi_behave, C); CISPO bounds pi_theta / pi_behave itself. Teacher tokens have w = 1 and
+no ratio, and are in none of the statistics.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hapo_async.upge import Mean, TokenBatch, log_ratio, wide
+from hapo_async.terms import Ratio
+from hapo_async.upge import Mean, Segments, TokenBatch, log_ratio, wide
 
 CORRECTIONS = {
     "off": "ratio against the proximal policy, no weight",
@@ -29,8 +32,8 @@ class Weights(NamedTuple):
     stats: dict[str, Mean]
 
 
-def weights(batch: TokenBatch, correction: str = "off", cap: float = 2.0) -> Weights:
-    """The weight and the proximal log-probs of each token.
+def weights(batch: TokenBatch, correction: str = "off", cap: float = 2.0, ratio: Ratio = "proximal") -> Weights:
+    """The weight and the proximal log-probs of each token, for a term with this kind of ``ratio``.
 
     A behaviour log-prob that is not finite gives w = 1 (tis) or falls back to the proximal policy (clip), and is
     counted. A proximal log-prob that is missing or not finite is the policy's own, detached. Raises ValueError for an
@@ -52,13 +55,18 @@ def weights(batch: TokenBatch, correction: str = "off", cap: float = 2.0) -> Wei
     usable = policy & torch.isfinite(behave)
     behave = torch.where(usable, behave, prox)
     gap = torch.where(usable, log_ratio(prox, behave), 0.0)
-    raw = gap.exp()
-    weight = torch.where(usable, raw.clamp(max=cap), 1.0) if correction == "tis" else torch.ones_like(prox)
-    return Weights(
-        weight=weight,
-        logp_prox=torch.where(policy, behave, prox) if correction == "clip" else prox,
-        stats=_stats(policy, usable, gap, weight, (weight < raw) if correction == "tis" else torch.zeros_like(policy)),
-    )
+    raw, denominator = torch.ones_like(prox), prox
+    if correction != "off" and ratio == "weight":
+        raw = torch.where(usable, log_ratio(logp, behave), 0.0).exp()
+    elif correction == "tis" and ratio == "sequence":
+        segments = Segments.of(batch, usable)
+        raw = torch.where(usable, segments.spread(segments.mean(gap)), 0.0).exp()
+    elif correction == "tis" and ratio == "proximal":
+        raw = gap.exp()
+    elif correction != "off":  # clip, or a term that bounds its own ratio to the behaviour policy
+        denominator = torch.where(policy, behave, prox)
+    weight = raw.clamp(max=cap)
+    return Weights(weight, denominator, _stats(policy, usable, gap, weight, weight < raw))
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:

@@ -8,39 +8,56 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hapo_async import algorithms, upge
-from hapo_async.algorithms import loss
-from hapo_async.upge import Normaliser, TokenBatch
-from tests.test_algorithms import ALL, CASES, same
+from hapo_async import algorithms, reduction
+from hapo_async.algorithms import loss, whole
+from hapo_async.objective import objective
+from hapo_async.reduction import Normaliser
+from hapo_async.upge import TokenBatch
+from tests.test_algorithms import CASES, same
 from tests.token_batches import make
 
+NAMES = algorithms.names()
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o}" for n, o in CASES])
+
+SPLITS = {
+    "responses": ([0, 3], [2, 1, 5], [4], []),  # groups are torn apart, responses are not
+    "groups": ([3, 4], [], [0, 1, 2], [5]),
+}
+EVERY = CASES + [(name, {}) for name in NAMES if (name, {}) not in CASES]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=[f"{n}-{o}" for n, o in EVERY])
 def test_micro_batches_add_up_to_the_whole_batch(name, options):
-    batch = make()
+    batch = mixed_verdicts(make(teachers=(2, 5) if algorithms.get(name).teacher else ()))
     options = {"correction": "off", "cap": 2.0} | options
+    whole_loss, stats = loss(name, batch, **options)
+    want = torch.autograd.grad(whole_loss, batch.logp)[0]
     correction, cap = options.pop("correction"), options.pop("cap")
     algorithm = algorithms.get(name)
     resolved = algorithm.resolve(options)
-    whole, stats = loss(name, batch, correction=correction, cap=cap, **options)
-    want = torch.autograd.grad(whole, batch.logp)[0]
-    batch = algorithms.trainable(algorithm, batch)
-    norm, sizes = Normaliser.of(batch), upge.group_sizes(batch)
+    batch, norm = whole.prepare(algorithm, batch, resolved)
+    sizes = reduction.group_sizes(batch)
     total, parts = torch.zeros((), dtype=torch.float64), []
-    for chosen in ([0, 3], [2, 1, 5], [4], []):  # groups are torn apart, sequences are not
+    for chosen in SPLITS["groups" if "groups" in algorithm.requires(resolved) else "responses"]:
         rows = torch.isin(batch.sequence, torch.tensor(chosen, dtype=torch.long))
         pick = lambda x: x[rows] if x is not None and len(x) == len(rows) else x  # noqa: B023, E731
         micro = TokenBatch(**{k: pick(getattr(batch, k)) for k in batch.__dataclass_fields__} | {"group_size": sizes})
-        part, means = algorithms.objective(algorithm, resolved, micro, norm, correction=correction, cap=cap)
+        part, means = objective(algorithm, resolved, micro, norm, correction=correction, cap=cap)
         total = total + part
         parts.append(means)
     got = torch.autograd.grad(total, batch.logp)[0]
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-16)
+    assert got.any()
     merged = parts[0]["loss/value"] + parts[1]["loss/value"] + parts[2]["loss/value"] + parts[3]["loss/value"]
     assert merged.value == pytest.approx(stats["value"], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ALL)
+def mixed_verdicts(batch):
+    """The batch with right and wrong answers in both of its larger groups, and one without a verdict."""
+    return replace(batch, reward=torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, math.nan], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_and_an_all_masked_batch_give_zero_with_a_graph(name):
     for batch in (make(lengths=(1,), groups=(0,), teachers=(), masked=False), make()):
         rows = torch.zeros(len(batch.logp), dtype=torch.bool)
@@ -58,7 +75,7 @@ def test_an_empty_and_an_all_masked_batch_give_zero_with_a_graph(name):
         assert batch.logp.grad is not None and not batch.logp.grad.any()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_garbage_in_tokens_that_do_not_train_reaches_neither_loss_nor_gradient(name):
     clean = make()
     off = ~clean.mask
@@ -128,7 +145,7 @@ def test_equal_policies_give_ratio_one_and_an_active_gradient():
 def test_low_precision_inputs_are_computed_in_fp32(dtype):
     batch = make()
     low = {f: getattr(batch, f).detach().to(dtype) for f in ("logp", "logp_prox", "entropy", "advantage", "topk_logp")}
-    for name in ALL:
+    for name in NAMES:
         total, stats = loss(name, replace(batch, **low))
         assert total.dtype == torch.float32
         assert stats["value"] == pytest.approx(loss(name, batch)[1]["value"], rel=0.05, abs=0.02)
@@ -152,4 +169,4 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="topk"):
         loss("apo", replace(batch, advantage=-torch.ones(2)))
     with pytest.raises(ValueError, match="group_size"):
-        algorithms.objective(algorithms.get("hpt"), algorithms.get("hpt").defaults, make(), Normaliser.of(make()))
+        objective(algorithms.get("hpt"), algorithms.get("hpt").defaults, make(), Normaliser.of(make()))

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from hapo_async import upge
-from hapo_async.upge import Mean, Normaliser, TokenBatch
+from hapo_async import reduction, upge
+from hapo_async.reduction import Normaliser
+from hapo_async.upge import Mean, TokenBatch
 
 
 @pytest.mark.parametrize("reference", [upge.OLD, upge.THETA, upge.ONE, upge.shaped(0.1), upge.shaped(0.7)])
@@ -48,7 +49,7 @@ def test_the_normaliser_counts_what_trains():
 def test_each_reduction_gives_every_token_its_share():
     b, norm = batch(), Normaliser.of(batch())
     on = b.trained
-    share = lambda how, teacher=False, **o: upge.shares(how, b, teacher, norm, l_max=10.0, **o)[on].tolist()  # noqa: E731
+    share = lambda how, teacher=False, **o: reduction.shares(how, b, teacher, norm, l_max=10.0, **o)[on].tolist()  # noqa: E731
     assert share("TM") == [1 / 5] * 5
     assert share("SEQ") == pytest.approx([1 / 3] * 5)
     assert share("SN") == pytest.approx([1 / 30] * 5)
@@ -56,18 +57,18 @@ def test_each_reduction_gives_every_token_its_share():
     assert share("TM", separate=True) == pytest.approx([1 / 3] * 5)
     assert share("TM", teacher=True, separate=True) == pytest.approx([1 / 2] * 5)
     sized = batch(group_size=torch.tensor([1, 4, 0, 0]))
-    got = upge.shares("PN", sized, False, norm, l_max=10.0)[on].tolist()
+    got = reduction.shares("PN", sized, False, norm, l_max=10.0)[on].tolist()
     assert got[:3] == pytest.approx([1 / 20, 1 / 20, 1 / 80])
     assert share("PN", teacher=True)[3:] == pytest.approx([1 / 4, 1 / 4])
 
 
 def test_group_sizes_and_confidence_are_counted_from_a_whole_batch():
-    assert upge.group_sizes(batch()).tolist() == [1, 1]
+    assert reduction.group_sizes(batch()).tolist() == [1, 1]
     reward = torch.zeros(10)
     reward[[2, 5, 7]] = 1
-    assert upge.group_confidence(batch(reward=reward)).tolist() == pytest.approx([2 / 3, 1 / 4])
+    assert reduction.group_confidence(batch(reward=reward)).tolist() == pytest.approx([2 / 3, 1 / 4])
     with pytest.raises(ValueError, match="reward"):
-        upge.group_confidence(batch())
+        reduction.group_confidence(batch())
 
 
 def test_means_add_up_and_an_empty_mean_is_zero():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hapo_async.upge import TokenBatch
@@ -22,10 +24,11 @@ def make(seed=0, lengths=(5, 1, 7, 3, 4, 6), groups=(0, 0, 0, 1, 1, 2), teachers
     advantage = torch.randn(len(lengths), generator=g, dtype=torch.float64)
     ref = torch.log_softmax(3 * rand(n, K + 1), -1)[:, :K]
     keep = rand(n, K) > 0.2
-    return TokenBatch(
+    batch = TokenBatch(
         logp=logp.clone().requires_grad_(),
         logp_prox=logp - spread * torch.randn(n, generator=g, dtype=torch.float64),
         logp_behave=logp - spread * torch.randn(n, generator=g, dtype=torch.float64),
+        logp_ref=logp - 0.5 * torch.randn(n, generator=g, dtype=torch.float64),
         entropy=rand(n).requires_grad_(),
         advantage=advantage[sequence],
         topk_logp=(ref + 0.5 * torch.randn(n, K, generator=g, dtype=torch.float64) - 0.3).clone().requires_grad_(),
@@ -37,4 +40,12 @@ def make(seed=0, lengths=(5, 1, 7, 3, 4, 6), groups=(0, 0, 0, 1, 1, 2), teachers
         group=torch.tensor(groups)[sequence],
         reward=(rand(len(lengths)) > 0.5).double(),
         confidence=0.1 + 0.7 * rand(max(groups) + 1),
+    )
+    return replace(
+        batch,
+        future_logp=logp + 0.3 * torch.randn(n, generator=g, dtype=torch.float64),
+        ref_kl=rand(n).requires_grad_(),
+        value=rand(n).requires_grad_(),
+        value_old=rand(n),
+        returns=rand(n),
     )

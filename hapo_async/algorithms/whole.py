@@ -1,0 +1,87 @@
+"""An algorithm on a batch that is the whole mini-batch: what the driver would have done, then the objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hapo_async import advantage as advantages
+from hapo_async import preference, reduction
+from hapo_async.algorithms.base import Algorithm
+from hapo_async.objective import objective, trainable
+from hapo_async.reduction import Normaliser
+from hapo_async.upge import Options, Segments, TokenBatch, wide
+
+
+def loss(algorithm: Algorithm, batch: TokenBatch, options: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    """See ``hapo_async.algorithms.loss``."""
+    correction, cap = options.pop("correction", "off"), options.pop("cap", 2.0)
+    resolved = algorithm.resolve(options)
+    batch, norm = prepare(algorithm, batch, resolved)
+    total, stats = objective(algorithm, resolved, batch, norm, correction=correction, cap=cap)
+    numbers = {key: mean.value for key, mean in stats.items()}
+    return total, numbers | {"value": float(total.detach())}
+
+
+def prepare(algorithm: Algorithm, batch: TokenBatch, options: Options) -> tuple[TokenBatch, Normaliser]:
+    """The batch with what the driver would have added and left out, and its normaliser. options: resolved."""
+    batch = trainable(algorithm, batch)
+    if batch.reward is not None and (batch.advantage is None or algorithm.offline):
+        batch = replace(batch, advantage=_advantages(algorithm, batch, options))
+    batch = replace(batch, mask=_kept(algorithm, batch))
+    if batch.confidence is None and options.get("confidence", "gate") != "gate":
+        batch = replace(batch, confidence=reduction.group_confidence(batch))
+    if batch.group_size is None and options["reduction"] == "PN":
+        batch = replace(batch, group=batch.groups, group_size=reduction.group_sizes(batch))
+    return batch, _measured(algorithm, batch, options)
+
+
+def _advantages(algorithm: Algorithm, batch: TokenBatch, options: Options) -> Tensor:
+    """[N]: the algorithm's advantage from reward [sequences], group by group."""
+    name = algorithm.advantage_for(options)
+    known = {k: v for k, v in options.items() if k in advantages.options(name)}
+    segments = Segments.of(batch, batch.trained)
+    out = torch.zeros(len(segments.ids), dtype=torch.float64)
+    group = torch.zeros_like(segments.ids)
+    group[segments.places[batch.trained]] = batch.groups[batch.trained]
+    rewards = torch.full((len(segments.ids),), float("nan"), dtype=torch.float64)
+    assert batch.reward is not None
+    present = segments.lengths > 0
+    rewards[present] = batch.reward.double().cpu()[segments.ids[present].cpu()]
+    if "lengths_PG" in advantages.options(name):  # over the batch, not by group
+        out[present] = advantages.compute(name, rewards[present], lengths_PG=segments.lengths[present], **known)
+    else:
+        for prompt in torch.unique(group[present]).tolist():
+            rows = present & (group == prompt)
+            out[rows] = advantages.compute(name, rewards[rows], **known)
+    return segments.spread(out.to(batch.logp.device, wide(batch.logp).dtype))
+
+
+def _kept(algorithm: Algorithm, batch: TokenBatch) -> Tensor:
+    """[N] bool: trained tokens of the rows that the algorithm keeps (``Algorithm.keep``; unpaired rows weigh nothing
+    anyway)."""
+    trained = batch.trained
+    if algorithm.keep == "nonzero" and batch.advantage is not None:
+        return trained & (batch.teachers | (batch.advantage != 0))
+    if algorithm.keep in ("judged", "paired") and batch.reward is not None:
+        return trained & ~torch.isnan(batch.rewards(trained))
+    return trained
+
+
+def _measured(algorithm: Algorithm, batch: TokenBatch, options: Options) -> Normaliser:
+    """The normaliser with what the algorithm measures over the mini-batch."""
+    norm, requires = Normaliser.of(batch), algorithm.requires(options)
+    if algorithm.keep == "paired":
+        norm = replace(norm, pairs=preference.count_pairs(batch, options))
+    if "log_ratio_mean" in requires:
+        norm = replace(norm, log_ratio_mean=preference.log_ratio_mean(batch))
+    if "entropy_threshold" in requires:
+        entropy = batch.entropy if batch.entropy_prox is None else batch.entropy_prox
+        if entropy is None:
+            raise ValueError("quadrants need entropy [N]")
+        chosen = wide(entropy.detach())[batch.policy]
+        norm = replace(norm, entropy_threshold=reduction.quantile(chosen, options["quantile"]))
+    return norm
