@@ -82,7 +82,7 @@ def _by_outcome(batch: TokenBatch, t: Tokens) -> dict[str, Mean]:
         answers = chosen.sum()
         out[f"policy/logp/{which}"] = Mean(torch.where(tokens, t.logp.detach(), 0.0).sum(), tokens.sum())
         if batch.logp_ref is not None:
-            gap = torch.nan_to_num(t.logp.detach() - t.safe("logp_ref", "drift").to(t.logp.dtype), nan=0.0)
+            gap = torch.nan_to_num(t.logp.detach() - t.safe("logp_ref", "drift"), nan=0.0)
             drift = torch.where(tokens, gap, 0.0)
             out[f"policy/drift/{which}"] = Mean(drift.sum(), answers)
         if batch.future_logp is not None:

@@ -2,29 +2,37 @@
 
 ``compose`` runs in the driver on headers and rewards alone (no token payload but the teacher's own); ``materialise``
 runs on a learner rank, which has fetched the payload. The SSI operator (seed 000) replaces an answer by the teacher's
-trajectory; LUFFY appends it; HPT switches to it; SFT keeps nothing else.
+trajectory; LUFFY appends it; HPT switches to it or weighs both; SFT keeps nothing else.
+
+Options of algorithms that act here: ``filter``, ``overlong`` (with ``l_max``), ``pairs``, ``gamma``, ``feedback``,
+``sft_steps``, and those of the advantage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hapo_async import advantage as advantages
 from hapo_async import gate
+from hapo_async.reduction import match_pairs
 from hapo_async.types import GatedGroup, Group, GroupKey, Source, Teacher
 
 TEACHER_REWARD = 1.0
 """Only teachers that the verifier found correct are ever injected (``Teacher.rejected`` is None for no others)."""
 
+FEEDBACK_SLOPE = 10.0
+"""Slope of HPT's sigmoid feedback, over the success rate: from .12 to .88 within .2 on either side of gamma / N."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One response that trains. index: into the group's answers (POLICY) or the prompt's teachers (TEACHER). length:
-    trained tokens. advantage: of every token of the row."""
+    trained tokens. advantage: of every token of the row. weight: the learner-side weight of its tokens."""
 
     source: Source
     index: int
@@ -32,12 +40,14 @@ class Row:
     reward: float
     judged: bool
     advantage: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class TrainGroup:
     """A group as the learner trains it. ``payload`` refers to the Group and is None where no sampled answer trains;
-    then ``prompt_tokens`` int32 [Tp] is here. ``temperature`` is the rollouts' own where the prompt names it."""
+    then ``prompt_tokens`` int32 [Tp] is here. ``temperature`` is the rollouts' own where the prompt names it.
+    ``logp_ref``: by answer, the reference's log-probs float32 [T] of its trained tokens, where they were kept."""
 
     key: GroupKey
     payload: Any
@@ -47,6 +57,7 @@ class TrainGroup:
     rows: tuple[Row, ...]
     confidence: float
     temperature: float
+    logp_ref: tuple[np.ndarray, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,7 +79,7 @@ class TrainGroup:
 class Sequence:
     """One response with its tokens. tokens int32 [T], sources int8 [T], logp_behave float32 [T] (NaN: none),
     version_steps int32 [T] (-1: none), temperature 1.0 for a teacher. ``group`` is the index that the packer gives;
-    ``group_size`` counts the rollouts of its group in the whole mini-batch."""
+    ``group_size`` counts the rollouts of its group in the whole mini-batch. ``logp_ref``: see TrainGroup."""
 
     prompt_tokens: np.ndarray
     tokens: np.ndarray
@@ -83,35 +94,90 @@ class Sequence:
     group: int
     confidence: float
     group_size: int = 0
+    weight: float = 1.0
+    logp_ref: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a composition may look at besides the group: resolved options, the learner's step, how a teacher is chosen
+    where the gate named none, and the run's seed."""
+
+    options: Mapping[str, Any]
+    step: int = 0
+    teacher: str = "seeded"
+    seed: int = 0
 
 
 def compose(
-    kind: str, gated: GatedGroup, advantage: str, *, advantage_group: str = "injected", options: Mapping[str, Any]
+    kind: str,
+    gated: GatedGroup,
+    advantage: str,
+    *,
+    options: Mapping[str, Any],
+    keep: str = "all",
+    advantage_group: str = "injected",
+    step: int = 0,
+    teacher: str = "seeded",
+    seed: int = 0,
 ) -> TrainGroup | None:
-    """The rows of a group that train, or None when nothing is left to train.
+    """The rows of a group that train, or None when nothing is left to train (``why_nothing`` says why).
 
     kind: rollouts | demonstrations | append | ssi | switch (``Algorithm.composition``). advantage: a name of
-    ``hapo_async.advantage``. advantage_group: ``injected`` computes it over the composed rows, ``rollouts`` over the
-    sampled answers before injection (a teacher row, absent from those, keeps its advantage among the composed rows).
-    Raises KeyError for an unknown kind.
+    ``hapo_async.advantage``; where that is computed over a whole batch, rows hold their return until
+    ``advantage.whiten_batch``. keep: all | judged | nonzero | paired, which rows stay once they have their
+    advantage; a teacher's always does, except in pairs. advantage_group: ``injected`` computes it over the composed
+    rows, ``rollouts`` over the sampled answers before injection (a teacher row, absent from those, keeps its advantage
+    among the composed rows). step: the learner's. teacher, seed: how a teacher is chosen where the gate named none.
+    Raises KeyError for an unknown kind or keep.
     """
-    rows = KINDS[kind](gated, options)
-    sampled = any(row.source is Source.POLICY for row in rows)
-    if not rows or (sampled and advantages.needs_group(advantage) and gated.judged.sum() < 2):
+    rows = KINDS[kind](gated, Setting(options, step, teacher, seed))
+    if not rows or _unverified(rows, gated, advantage) or _filtered(rows, options):
         return None
-    rows = _with_advantages(rows, gated, advantage, advantage_group, options)
-    teacher = next((row for row in rows if row.source is Source.TEACHER), None)
+    rows = _with_advantages(rows, gated, advantage, advantage_group, options, apart=kind == "switch")
+    rows = KEEPS[keep](rows, options)
+    if not rows:
+        return None
+    sampled = any(row.source is Source.POLICY for row in rows)
+    shown = next((row for row in rows if row.source is Source.TEACHER), None)
     sampling = gated.prompt.sampling
     return TrainGroup(
         key=gated.key,
         payload=gated.payload if sampled else None,
         prompt_length=len(gated.prompt.tokens),
         prompt_tokens=None if sampled else gated.prompt.tokens,
-        teacher=gated.prompt.teachers[teacher.index] if teacher else None,
+        teacher=gated.prompt.teachers[shown.index] if shown else None,
         rows=rows,
         confidence=gated.gate.confidence,
         temperature=sampling.temperature if sampled and sampling else 1.0,
     )
+
+
+def why_nothing(gated: GatedGroup, options: Mapping[str, Any]) -> str:
+    """The ledger's reason for a group that ``compose`` left nothing of: no_teacher (of a prompt that was not sampled) |
+    unverified | zero_variance | nothing_to_train."""
+    if not gated.judgements and not gate.usable_teachers(gated.prompt.teachers):
+        return "no_teacher"
+    if gated.judgements and gated.judged.sum() < min(2, len(gated.judgements)):
+        return "unverified"
+    if gated.judgements and _filtered(_rollouts(gated, Setting(options)), options):
+        return "zero_variance"
+    return "nothing_to_train"
+
+
+def with_teacher(train: TrainGroup, teachers: tuple[Teacher, ...], index: int) -> TrainGroup:
+    """The group with another of the prompt's demonstrations in the place of its own."""
+    length = len(teachers[index].tokens)
+    rows = tuple(replace(r, index=index, length=length) if r.source is Source.TEACHER else r for r in train.rows)
+    return replace(train, rows=rows, teacher=teachers[index])
+
+
+def demonstration(train: TrainGroup, prompt_tokens: np.ndarray) -> Sequence:
+    """The tokens of a group's teacher alone, without its answers. Raises ValueError where it has none."""
+    for row in train.rows:
+        if row.source is Source.TEACHER:
+            return _sequence(row, replace(train, payload=None, prompt_tokens=prompt_tokens), None, 0)
+    raise ValueError(f"group {train.key} has no teacher")
 
 
 def materialise(train: TrainGroup, group: Group | None, *, index: int = 0) -> list[Sequence]:
@@ -128,7 +194,7 @@ def materialise(train: TrainGroup, group: Group | None, *, index: int = 0) -> li
 # Which rows
 
 
-def _rollouts(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
+def _rollouts(gated: GatedGroup, setting: Setting) -> tuple[Row, ...]:
     """Every sampled answer. Unjudged ones stay, with advantage 0: no filter changes a denominator."""
     parts = zip(gated.header.lengths, gated.rewards, gated.judged, strict=True)
     return tuple(
@@ -137,34 +203,58 @@ def _rollouts(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
     )
 
 
-def _demonstrations(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
-    """The teacher alone; nothing without one."""
-    row = _teacher_row(gated)
-    return (row,) if row else ()
+def _demonstrations(gated: GatedGroup, setting: Setting) -> tuple[Row, ...]:
+    """The teacher alone; nothing without one. Which one: the gate's, else as the setting says."""
+    teachers = gated.prompt.teachers
+    index = gated.gate.teacher
+    if index is None:
+        index = gate.choose_teacher(teachers, setting.teacher, gate.seed_of(gated.key, setting.seed))
+    if index is None or index not in gate.usable_teachers(teachers):
+        return ()
+    return (Row(Source.TEACHER, index, len(teachers[index].tokens), TEACHER_REWARD, True, 0.0),)
 
 
-def _append(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
+def _append(gated: GatedGroup, setting: Setting) -> tuple[Row, ...]:
     """LUFFY: the sampled answers and one teacher."""
-    return _rollouts(gated, options) + _demonstrations(gated, options)
+    return _rollouts(gated, setting) + _demonstrations(gated, setting)
 
 
-def _replace(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
+def _replace(gated: GatedGroup, setting: Setting) -> tuple[Row, ...]:
     """HAPO's SSI operator: the teacher takes the place of the answer that the gate named."""
-    rows = _rollouts(gated, options)
-    teacher = _teacher_row(gated)
-    if gated.gate.replaced is None or teacher is None:
+    rows, teacher = _rollouts(gated, setting), _demonstrations(gated, setting)
+    if gated.gate.replaced is None or not teacher:
         return rows
-    return (*(row for row in rows if row.index != gated.gate.replaced), teacher)
+    return tuple(row for row in rows if row.index != gated.gate.replaced) + teacher
 
 
-def _switch(gated: GatedGroup, options: Mapping[str, Any]) -> tuple[Row, ...]:
-    """HPT: the teacher alone where at most gamma answers were right (S <= gamma), else the sampled answers."""
-    successes = gate.count_successes(gated.rewards, gated.judged)
-    teacher = _demonstrations(gated, options)
-    return teacher if teacher and successes <= options["gamma"] else _rollouts(gated, options)
+def _switch(gated: GatedGroup, setting: Setting) -> tuple[Row, ...]:
+    """HPT: the sampled answers with weight alpha and the teacher with beta = 1 - alpha, each only where its weight is
+    not 0 (``feedback_weight``). A prompt without a usable teacher trains its answers in full. While ``sft_steps`` last,
+    the teacher alone."""
+    teacher = _demonstrations(gated, setting)
+    if setting.step < setting.options.get("sft_steps", 0):
+        return teacher
+    if gated.judged.sum() < 2:
+        return ()
+    alpha = feedback_weight(gated, setting.options) if teacher else 1.0
+    rollouts = tuple(replace(row, weight=alpha) for row in _rollouts(gated, setting)) if alpha > 0 else ()
+    return rollouts + tuple(replace(row, weight=1.0 - alpha) for row in teacher if alpha < 1)
 
 
-KINDS: dict[str, Callable[[GatedGroup, Mapping[str, Any]], tuple[Row, ...]]] = {
+def feedback_weight(gated: GatedGroup, options: Mapping[str, Any]) -> float:
+    """HPT's alpha from S successes among N judged answers: ``switch`` [S > gamma]; ``linear`` S/N; ``sigmoid``
+    1 / (1 + exp(-10 (S/N - gamma/N)))."""
+    successes, judged = gate.count_successes(gated.rewards, gated.judged), int(gated.judged.sum())
+    how, gamma = options.get("feedback", "switch"), options["gamma"]
+    if how == "switch":
+        return float(successes > gamma)
+    if how == "linear":
+        return successes / judged
+    assert how == "sigmoid", how
+    return 1.0 / (1.0 + math.exp(-FEEDBACK_SLOPE * (successes - gamma) / judged))
+
+
+KINDS: dict[str, Callable[[GatedGroup, Setting], tuple[Row, ...]]] = {
     "rollouts": _rollouts,
     "demonstrations": _demonstrations,
     "append": _append,
@@ -173,32 +263,91 @@ KINDS: dict[str, Callable[[GatedGroup, Mapping[str, Any]], tuple[Row, ...]]] = {
 }
 
 
-def _teacher_row(gated: GatedGroup) -> Row | None:
-    """The gate's teacher; where the gate named none, the one that (prompt, epoch) picks."""
-    teachers = gated.prompt.teachers
-    index = gated.gate.teacher
-    if index is None:
-        index = gate.choose_teacher(teachers, "seeded", gate.seed_of(gated.key))
-    if index is None or teachers[index].rejected is not None or not len(teachers[index].tokens):
-        return None
-    return Row(Source.TEACHER, index, len(teachers[index].tokens), TEACHER_REWARD, True, 0.0)
+def _unverified(rows: tuple[Row, ...], gated: GatedGroup, advantage: str) -> bool:
+    """Sampled answers with too few verdicts to learn from."""
+    enough = 2 if advantages.needs_group(advantage) else min(2, len(gated.judgements))
+    return any(row.source is Source.POLICY for row in rows) and bool(gated.judged.sum() < enough)
+
+
+def _filtered(rows: tuple[Row, ...], options: Mapping[str, Any]) -> bool:
+    """DAPO's filter: sampled answers alone, whose rewards are all the same."""
+    if options.get("filter", "none") == "none" or any(row.source is Source.TEACHER for row in rows):
+        return False
+    assert options["filter"] == "zero_variance", options["filter"]
+    return len({row.reward for row in rows if row.judged}) < 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# With which advantage
 
 
 def _with_advantages(
-    rows: tuple[Row, ...], gated: GatedGroup, name: str, over: str, options: Mapping[str, Any]
+    rows: tuple[Row, ...], gated: GatedGroup, name: str, over: str, options: Mapping[str, Any], apart: bool
 ) -> tuple[Row, ...]:
-    if len(rows) == 1 and rows[0].source is Source.TEACHER:
-        return (_with(rows[0], 1.0),)  # a lone demonstration
-    known = {k: v for k, v in options.items() if k in advantages.options(name)}
-    values = advantages.compute(name, [r.reward for r in rows], [r.judged for r in rows], **known)
+    """apart: a demonstration is a branch of its own. It is then compared with nothing, like one that is alone."""
+    rollouts = tuple(row for row in rows if row.source is Source.POLICY)
+    if apart or not rollouts:
+        alone = tuple(replace(row, advantage=1.0) for row in rows if row.source is Source.TEACHER)
+        return _valued(rollouts, _advantages(name, rollouts, options)) + alone
+    values = _advantages(name, rows, options)
     if over == "rollouts":
-        before = advantages.compute(name, gated.rewards, gated.judged, **known)
-        values = [before[r.index] if r.source is Source.POLICY else v for r, v in zip(rows, values, strict=True)]
-    return tuple(_with(row, float(value)) for row, value in zip(rows, values, strict=True))
+        before = _advantages(name, _rollouts(gated, Setting(options)), options)
+        values = np.concatenate([before[[row.index for row in rollouts]], values[len(rollouts) :]])
+    return _valued(rows, values)
 
 
-def _with(row: Row, advantage: float) -> Row:
-    return Row(row.source, row.index, row.length, row.reward, row.judged, advantage)
+def _valued(rows: tuple[Row, ...], values: np.ndarray) -> tuple[Row, ...]:
+    return tuple(replace(row, advantage=float(value)) for row, value in zip(rows, values, strict=True))
+
+
+def _advantages(name: str, rows: tuple[Row, ...], options: Mapping[str, Any]) -> np.ndarray:
+    """[rows]. The penalty of over-long answers is added to the reward; to the advantage itself, unless that is 0, where
+    it asks for nothing but success."""
+    if not rows:
+        return np.zeros(0)
+    how = advantages.of(name)
+    rewards, judged = np.array([row.reward for row in rows]), [row.judged for row in rows]
+    penalties = np.array([overlong_penalty(row, options) for row in rows])
+    known = {k: v for k, v in options.items() if k in advantages.options(name)}
+    if how.whole_batch:
+        name, known = "return", {}
+    if not how.asks_success:
+        return np.asarray(advantages.compute(name, rewards + penalties, judged, **known))
+    values = np.asarray(advantages.compute(name, rewards, judged, **known))
+    return np.where(values == 0, 0.0, values + penalties)
+
+
+def overlong_penalty(row: Row, options: Mapping[str, Any]) -> float:
+    """DAPO's: 0 up to (1 - overlong) l_max tokens, from there falling linearly to -1 at l_max. Sampled answers only."""
+    share = options.get("overlong", 0.0)
+    if not share or row.source is not Source.POLICY:
+        return 0.0
+    margin = share * options["l_max"]
+    return -min(1.0, max(0.0, (row.length - (options["l_max"] - margin)) / margin))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which of them stay
+
+
+def _keep_paired(rows: tuple[Row, ...], options: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Rows of the policy in a preference pair; a row in none is not trained."""
+    rollouts = [row for row in rows if row.source is Source.POLICY]
+    pairs = match_pairs([row.reward if row.judged else math.nan for row in rollouts], options["pairs"])
+    paired = {i for pair in pairs for i in pair}
+    return tuple(row for i, row in enumerate(rollouts) if i in paired)
+
+
+def _keeping(stays: Callable[[Row], bool]) -> Callable[[tuple[Row, ...], Mapping[str, Any]], tuple[Row, ...]]:
+    return lambda rows, options: tuple(row for row in rows if row.source is Source.TEACHER or stays(row))
+
+
+KEEPS: dict[str, Callable[[tuple[Row, ...], Mapping[str, Any]], tuple[Row, ...]]] = {
+    "all": lambda rows, options: rows,
+    "judged": _keeping(lambda row: row.judged),
+    "nonzero": _keeping(lambda row: row.advantage != 0),
+    "paired": _keep_paired,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -233,4 +382,6 @@ def _sequence(row: Row, train: TrainGroup, group: Group | None, index: int) -> S
         group=index,
         confidence=train.confidence,
         group_size=train.rollouts,
+        weight=row.weight,
+        logp_ref=None if train.logp_ref is None or row.source is Source.TEACHER else train.logp_ref[row.index],
     )

@@ -134,7 +134,7 @@ def kl_to_reference(t: Tokens, options: Options) -> Tensor:
     k3: exp(lr - l) - (lr - l) - 1. k2: (l - lr)^2 / 2, whose expected gradient is the KL's. k1: the value l - lr with
     k2's gradient (its own has expectation 0). ``kl_where=errors`` keeps it where the advantage is negative.
     """
-    gap = log_ratio(t.safe("logp_ref", "the KL to the reference").to(t.logp.dtype).detach(), t.logp)
+    gap = log_ratio(t.safe("logp_ref", "the KL to the reference").detach(), t.logp)
     estimates = {"k3": gap.exp() - gap - 1, "k2": gap**2 / 2}
     if options["kl"] == "k1":
         estimates["k1"] = estimates["k2"] + (-gap - estimates["k2"]).detach()
@@ -149,7 +149,7 @@ def forward_kl(t: Tokens, options: Options) -> Tensor:
     tokens that the reference sampled (k3: exp(l - lr) - (l - lr) - 1)."""
     if options["kl_estimator"] == "full":
         return t.safe("ref_kl", "KL(ref || theta) over the vocabulary (or kl_estimator=k3, from logp_ref)")
-    gap = log_ratio(t.logp, t.safe("logp_ref", "the KL to the reference").to(t.logp.dtype).detach())
+    gap = log_ratio(t.logp, t.safe("logp_ref", "the KL to the reference").detach())
     return torch.where(t.selected, gap.exp() - gap - 1, 0.0)
 
 

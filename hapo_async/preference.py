@@ -92,7 +92,7 @@ def a_star_po(t: Tokens, options: Options) -> Contribution:
 
 def log_ratio_sums(t: Tokens, segments: Segments) -> Tensor:
     """[S]: Delta = sum_t (l - lr), detached."""
-    reference = t.safe("logp_ref", "log-probs of the sampled tokens under the reference").to(t.logp.dtype).detach()
+    reference = t.safe("logp_ref", "log-probs of the sampled tokens under the reference").detach()
     return segments.sum(torch.nan_to_num(t.logp.detach() - reference, nan=0.0, posinf=_FAR, neginf=-_FAR))
 
 

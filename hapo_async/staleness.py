@@ -59,8 +59,8 @@ def weights(batch: TokenBatch, correction: str = "off", cap: float = 2.0, ratio:
     if correction != "off" and ratio == "weight":
         raw = torch.where(usable, log_ratio(logp, behave), 0.0).exp()
     elif correction == "tis" and ratio == "sequence":
-        segments = Segments.of(batch, usable)
-        raw = torch.where(usable, segments.spread(segments.mean(gap)), 0.0).exp()
+        segments = Segments.of(batch, policy)
+        raw = torch.where(policy, segments.spread(segments.mean(gap)), 0.0).exp()
     elif correction == "tis" and ratio == "proximal":
         raw = gap.exp()
     elif correction != "off":  # clip, or a term that bounds its own ratio to the behaviour policy

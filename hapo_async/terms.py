@@ -60,12 +60,13 @@ def cispo(t: Tokens, options: Options) -> Contribution:
 def gspo(t: Tokens, options: Options) -> Contribution:
     """GSPO: min(s A, clip(s) A) with s = exp(mean_t (l - lp)), the same for all tokens of a response."""
     segments = t.segments
-    log_s = segments.spread(segments.mean(log_ratio(t.logp.detach(), t.logp_prox)))
-    s = log_s.exp()
+    mean = segments.spread(segments.mean(torch.nan_to_num(t.logp.detach() - t.logp_prox, nan=0.0)))
+    s = log_ratio(mean, torch.zeros_like(mean)).exp()
     low, high = clip_range(options)
     keep = torch.where(t.advantage > 0, s <= high, (t.advantage == 0) | (s >= low))
     value = t.advantage * torch.where(keep, s, s.clamp(low, high))
-    return contribution(t, value, t.advantage * s * upge.THETA.gain(t.logp, t.logp_prox), keep)
+    moves = torch.where(mean.abs() <= upge.MAX_LOG_RATIO, s, 0.0)
+    return contribution(t, value, t.advantage * moves * upge.THETA.gain(t.logp, t.logp_prox), keep)
 
 
 def srft_rollouts(t: Tokens, options: Options) -> Contribution:
@@ -169,7 +170,7 @@ ANCHORED = Term(
     needs=frozenset({"topk"}),
 )
 HINDSIGHT = Term(
-    "min(ρA', clip(ρ)·A'), A'_t = A·w_t, w = (1−κ) + κ·C_t/mean C, C_t = sg(H_t)",
+    "min(ρA', clip(ρ)·A'), A'_t = A·w_t, w ∝ clip((1−κ) + κ·C_t/mean C, .1, 5), C_t = sg(H_t)",
     upge.OLD.symbol,
     "clip; quadrants sign(A') × (H ≥ quantile) that are switched off",
     "1 (w redistributes A within a response, mean 1)",

@@ -282,7 +282,8 @@ class GateDecision:
     """What the gate saw and said about one group (ALGORITHMS: HAPO's gate, the SSI operator).
 
     replaced / teacher: indices into the group's answers and the prompt's teachers, None when nothing is injected.
-    ``reason`` says why nothing was injected although the gate was open, or why it stayed closed.
+    ``reason`` says why nothing was injected although the gate was open, or why it stayed closed. threshold: gamma at
+    that moment of the run. draw: the success rate that was compared with it, where that is drawn and not the confidence.
     """
 
     is_open: bool
@@ -292,6 +293,13 @@ class GateDecision:
     replaced: int | None = None
     teacher: int | None = None
     reason: str = ""
+    threshold: float = 0.0
+    draw: float | None = None
+
+    @property
+    def is_unverified(self) -> bool:
+        """True where too few answers were judged to say anything."""
+        return self.reason.startswith("unverified")
 
 
 @dataclass(frozen=True)

@@ -170,11 +170,11 @@ class Tokens(NamedTuple):
     batch: TokenBatch
 
     def safe(self, name: str, why: str) -> Tensor:
-        """A field of the batch [N], wide and 0 where not selected. Raises ValueError, saying ``why``, when missing."""
+        """A field of the batch [N] in the dtype of logp, 0 where not selected. Raises ValueError, saying ``why``, when missing."""
         value = getattr(self.batch, name)
         if value is None:
             raise ValueError(f"{name} [N] is needed: {why}")
-        return torch.where(self.selected, wide(value), 0.0)
+        return torch.where(self.selected, wide(value), 0.0).to(self.logp.dtype)
 
     @property
     def segments(self) -> Segments:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv with everything that hapo_async needs on a machine without a GPU. Safe to run again: it does nothing when
-# the installed set is the one that requirements/cpu.txt and pyproject.toml name.
+# the installed set is the one that requirements/*.txt and pyproject.toml name.
 #   PYTHON=python3.11 tools/install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ PYTHON=${PYTHON:-python3}
 TORCH_VERSION=2.13.0
 VENV=.venv
 STAMP=$VENV/.installed
-WANTED=$(cat requirements/cpu.txt pyproject.toml tools/install.sh | sha256sum | cut -d' ' -f1)
+WANTED=$(cat requirements/cpu.txt requirements/test.txt pyproject.toml tools/install.sh | sha256sum | cut -d' ' -f1)
 
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$WANTED" ]; then
     exit 0
@@ -29,5 +29,8 @@ fi
 $PIP install --no-deps -r requirements/cpu.txt
 # DeepSpeed's source distribution imports torch while it builds, hence no isolation; its operators are never compiled here.
 DS_BUILD_OPS=0 $PIP install --no-deps --no-build-isolation deepspeed==0.19.8
+# What only the tests compare with, beside the environment rather than in it (requirements/test.txt says why).
+rm -rf "$VENV/peers"
+$PIP install --no-deps --target "$VENV/peers" -r requirements/test.txt
 $PIP install --no-deps --no-build-isolation -e .
 echo "$WANTED" > "$STAMP"

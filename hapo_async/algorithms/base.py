@@ -41,6 +41,9 @@ SHARED_OPTIONS = {
     "entropy_coef": Option(
         0.0, "entropy bonus: coefficient of the token entropy, added to J with the same reduction", low=0
     ),
+    "skip_grad_norm": Option(
+        None, "an update whose gradient norm is larger is not applied; null: none", low=0, low_open=True, kind=float
+    ),
 }
 
 

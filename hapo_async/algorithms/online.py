@@ -217,7 +217,8 @@ HINDSIGHT_AWARE_HAPO = replace(
     name="hindsight_aware_hapo",
     title="Hindsight-Aware HAPO: signed capacity (our reconstruction)",
     seed_papers=("001",),
-    equation="J = reduce[ min(ρA', clip(ρ, 1−ε, 1+ε)·A') ], A'_t = A·w_t, w = (1−κ) + κ·C_t/mean C",
+    equation="J = reduce[ min(ρA', clip(ρ, 1−ε, 1+ε)·A') ], A'_t = A·w_t, w ∝ clip((1−κ) + κ·C_t/mean C, .1, 5) "
+    "with mean 1 per response",
     rollout=terms.HINDSIGHT,
     options=RATIO_OPTIONS | HINDSIGHT_OPTIONS,
     note="our reconstruction: only the paper's abstract is public",
