@@ -2,6 +2,7 @@
 
     driver                      rank 0 .. R-1 (max_restarts=0: one dies, the whole group is restarted)
     LearnerGroup.step(plans) -> resolve payloads, train in lockstep   -> reports, merged into metrics
+    LearnerGroup.score(answers) -> log-probs, each rank a share       -> one array per answer
     LearnerGroup.publish     -> all walk the weights, rank 0 ray.puts -> (manifest, one reference per bucket)
     LearnerGroup.save / load -> all take part                         -> files
 
@@ -22,18 +23,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
-from actors import placement, weights, zero
+from actors import placement, weights, zero, zero_files
 from actors.calls import CallFailed, answer
 from actors.reference import FrozenReference
 from actors.zero import check_overrides
-from hapo_async import algorithms, inject
-from hapo_async.batch import StepPlan
+from hapo_async import inject
+from hapo_async.batch import StepPlan, share_out
 from hapo_async.config import Config
-from hapo_async.errors import RunError
-from hapo_async.learn import Learner, RankReport, merge
+from hapo_async.errors import ConfigError, RunError
+from hapo_async.inject import Sequence as TokenSequence
+from hapo_async.learn import Learner, check_needs, needs_of
+from hapo_async.tally import RankReport, merge
 from hapo_async.types import Group, Version
 from hapo_async.weights import Manifest
 
@@ -47,14 +51,19 @@ GRACE_S = 2.0  # how long the other ranks' own errors are waited for
 
 
 class LearnerRank:
-    """One rank. All methods but ``ping`` run in one thread, in the order of the calls."""
+    """One rank. All methods but ``ping`` run in one thread, in the order of the calls.
 
-    def __init__(self, rank: int, world_size: int, config: Config, model_path: str, device: str) -> None:
+    needs: "reference" and "value" load a reference model and a critic, for this configuration or a later one.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, config: Config, model_path: str, device: str, needs: frozenset[str]
+    ) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.rank, self.world_size = rank, world_size
-        self.config, self.model_path, self.device = config, model_path, device
+        self.config, self.model_path, self.device, self.needs = config, model_path, device, needs
         self._listener: socket.socket | None = None
 
     @ray.method(concurrency_group="control")
@@ -76,24 +85,41 @@ class LearnerRank:
         timeout_s = max(START_S, c.learner.deadline_s)
         zero.join(zero.Seat(self.rank, self.world_size, ip, port, self.device, timeout_s), self._listener)
         dtype = model_dtype(c, self.device)
-        reference = self._reference(dtype)
-        self.backend = zero.ZeroBackend(self.model_path, c, dtype=dtype, device=self.device)
+        reference = self._reference(dtype) if "reference" in self.needs else None
+        self.backend = zero.ZeroBackend(
+            self.model_path, c, dtype=dtype, device=self.device, with_value="value" in self.needs
+        )
         self.learner = Learner(self.backend, c, reference)
         return os.getpid()
 
-    def _reference(self, dtype: torch.dtype) -> FrozenReference | None:
-        if not algorithms.get(self.config.algorithm).needs & {"topk", "ref_logp"}:
-            return None
+    def _reference(self, dtype: torch.dtype) -> FrozenReference:
         partitioned = self.config.learner.zero_stage == 3 and self.world_size > 1
         tree = zero.engine_config(self.config, dtype, self.device) if partitioned else None
         return FrozenReference(self.model_path, self.config, dtype=dtype, device=self.device, engine_config=tree)
 
     def step(self, plan: StepPlan) -> RankReport:
         """Fetches the payloads of the plan and trains on it."""
+        return self.learner.step(plan, self._sequences(plan))
+
+    def holdout(self, plan: StepPlan) -> RankReport:
+        """The objective on the plan's groups, without gradient."""
+        return self.learner.holdout(plan, self._sequences(plan))
+
+    def score(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
+        """Log-probs at temperature 1, one array per sequence."""
+        return self.learner.score(sequences)
+
+    def configure(self, config: Config) -> None:
+        """Another algorithm or other settings on the same weights."""
+        self.learner.configure(config)
+        self.config = config
+
+    def _sequences(self, plan: StepPlan) -> list[list[TokenSequence]]:
+        """This rank's sequences of each mini-batch, payloads fetched."""
         groups = [group for mini in plan.minis for group in mini]
         refs = [g.payload for g in groups if g.payload is not None]
         payloads: dict[Any, Group] = dict(zip(refs, ray.get(refs, timeout=self.config.learner.deadline_s), strict=True))
-        minis = [
+        return [
             [
                 sequence
                 for index, train in enumerate(mini)
@@ -101,7 +127,6 @@ class LearnerRank:
             ]
             for mini in plan.minis
         ]
-        return self.learner.step(plan, minis)
 
     def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]] | None:
         """Walks the weights; rank 0 puts them into the object store."""
@@ -110,12 +135,12 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume)."""
         root = Path(folder)
-        zero.save_model(self.backend, root / "model", self.model_path, self.config.weights.bucket_bytes)
-        zero.save_state(self.backend, root / "state", self.learner.state())
+        zero_files.save_model(self.backend, root / "model", self.model_path, self.config.weights.bucket_bytes)
+        zero_files.save_state(self.backend, root / "state", self.learner.state())
 
     def load(self, folder: str) -> None:
         """Restores what ``save`` wrote."""
-        self.learner.load_state(zero.load_state(self.backend, Path(folder) / "state"))
+        self.learner.load_state(zero_files.load_state(self.backend, Path(folder) / "state"))
 
     def close(self) -> None:
         zero.leave()
@@ -129,8 +154,11 @@ def model_dtype(config: Config, device: str) -> torch.dtype:
 class LearnerGroup:
     """The driver's handle. Any failure breaks it: its ranks are ended, and from then on every call raises RunError."""
 
-    def __init__(self, config: Config, ranks: Sequence[Any], slot: placement.Slot | None) -> None:
+    def __init__(
+        self, config: Config, ranks: Sequence[Any], slot: placement.Slot | None, needs: frozenset[str]
+    ) -> None:
         self.config = config
+        self.needs = needs
         self.ranks = list(ranks)
         self.slot = slot
         self._broken: str | None = None
@@ -143,18 +171,27 @@ class LearnerGroup:
         cluster: placement.Cluster,
         slot: placement.Slot,
         rank_class: type[LearnerRank] = LearnerRank,
+        needs: frozenset[str] | None = None,
     ) -> LearnerGroup:
-        """Starts ``learner.ranks`` actors in the bundles of ``slot`` and loads the model on all. Raises RunError."""
+        """Starts ``learner.ranks`` actors in the bundles of ``slot`` and loads the model on all. Raises RunError.
+
+        needs: what later configurations will need besides this one's: "reference" or a part of it (topk, ref_logp,
+        ref_kl, future), and "value" for a critic.
+        """
         count = config.learner.ranks
+        later = needs or frozenset()
+        needs = needs_of(config) | later
+        if later & {"topk", "ref_logp", "ref_kl", "future"}:
+            needs |= {"reference"}
         settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1}}
         actor: Any = ray.remote(**settings)(rank_class)
         ranks = [
             actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
-                i, count, config, model_path, cluster.device
+                i, count, config, model_path, cluster.device, needs
             )
             for i in range(count)
         ]
-        group = cls(config, ranks, slot)
+        group = cls(config, ranks, slot, needs)
         began = time.monotonic()
         ip, port = (await group._call("listen", [()], START_S, ranks=ranks[:1]))[0]
         pids = await group._call("start", [(ip, port)] * count, START_S)
@@ -162,12 +199,40 @@ class LearnerGroup:
         return group
 
     async def step(self, plans: Sequence[StepPlan]) -> dict[str, float]:
-        """One learner step on one plan per rank; its metrics. ``skipped`` is 1 when no update was applied, else 0."""
+        """One learner step on one plan per rank; its metrics. ``skipped`` is 1 when no update was applied because none
+        was finite, else 0."""
         reports = await self._call("step", [(plan,) for plan in plans], self.config.learner.deadline_s)
         metrics = merge(reports)
-        metrics["skipped"] = float(metrics["train/updates"] == 0)
+        # An update that options.skip_grad_norm skipped is the algorithm's will, no failure.
+        metrics["skipped"] = float(metrics["train/updates"] == 0 and not metrics.get("train/skipped_norm"))
         metrics["train/prompts"] = float(sum(len(mini) for plan in plans for mini in plan.minis))
         return metrics
+
+    async def holdout(self, plans: Sequence[StepPlan]) -> float:
+        """The objective's -J on the plans' groups, without gradient; the mean over their mini-batches."""
+        reports = await self._call("holdout", [(plan,) for plan in plans], self.config.learner.deadline_s)
+        return merge(reports).get("loss/value", 0.0)
+
+    async def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """float32 [T] per sequence: log-probs of its trained tokens at temperature 1 under the weights as they are, NaN
+        for others. The sequences travel with the call: hand over a few hundred at a time."""
+        tokens = [len(s.prompt_tokens) + len(s.tokens) for s in sequences]
+        shares = share_out(tokens, len(self.ranks))
+        calls = [([sequences[i] for i in share],) for share in shares]
+        answers = await self._call("score", calls, self.config.learner.deadline_s)
+        scored = {i: a for share, part in zip(shares, answers, strict=True) for i, a in zip(share, part, strict=True)}
+        return [scored[i] for i in range(len(sequences))]
+
+    async def configure(self, config: Config) -> None:
+        """Another algorithm, its options, another learning rate and schedule, on the same ranks and weights; optimizer
+        moments stay. Raises ConfigError for what this learner was not started with."""
+        check_needs(config, "reference" in self.needs, "value" in self.needs)
+        fixed = ("ranks", "zero_stage", "dtype", "gradient_checkpointing", "head_chunk_tokens")
+        changed = [name for name in fixed if getattr(config.learner, name) != getattr(self.config.learner, name)]
+        if changed:
+            raise ConfigError(f"learner.{changed[0]} cannot change on a running learner; start another one.")
+        await self._call("configure", [(config,)] * len(self.ranks), self.config.learner.deadline_s)
+        self.config = config
 
     async def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]]:
         """The current weights as ``version``: manifest, and a reference per bucket (owned by rank 0)."""

@@ -7,12 +7,13 @@ everything that is loaded gets partitioned.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from hapo_async.batch import MicroBatch
+from hapo_async.backend import Anchors
+from hapo_async.batch import MicroBatch, narrowed
 from hapo_async.config import Config
 from hapo_async.head import reference_topk
 from hapo_async.policy import PolicyModel, load_policy
@@ -31,17 +32,24 @@ class _TopKHead(nn.Module):
 
 
 class _ReferenceModel(nn.Module):
+    """One forward for all that is asked of the reference: under ZeRO-3 it is the engine's only entrance."""
+
     def __init__(self, policy: PolicyModel, chunk_tokens: int) -> None:
         super().__init__()
         self.policy = policy
-        self.head = _TopKHead(policy.model.get_output_embeddings(), chunk_tokens)
+        self.topk = _TopKHead(policy.model.get_output_embeddings(), chunk_tokens)
 
-    def forward(self, micro: MicroBatch, chosen: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.head(self.policy.hidden(micro)[chosen], k)
+    def forward(self, micro: MicroBatch, what: Literal["topk", "logp", "states"], *arguments: Any) -> Any:
+        if what == "logp":
+            return self.policy(micro)[:, 0]
+        if what == "states":
+            return self.policy.hidden(micro)
+        positions, k = arguments
+        return self.topk(self.policy.hidden(narrowed(micro, positions)), k)
 
 
 class FrozenReference:
-    """Scores with weights that never change; implements ``hapo_async.learn.Reference``."""
+    """Scores with weights that never change; implements ``hapo_async.backend.Reference``."""
 
     def __init__(
         self, model_path: str, config: Config, *, dtype: torch.dtype, device: str, engine_config: dict[str, Any] | None
@@ -56,6 +64,8 @@ class FrozenReference:
             self._announced = HfDeepSpeedConfig(engine_config)
         policy = load_policy(model_path, frozen, dtype=dtype, device=device if engine_config is None else None)
         policy.eval().requires_grad_(False)
+        self._projection = policy.model.get_output_embeddings()
+        self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._model: Any = _ReferenceModel(policy, config.learner.head_chunk_tokens)
         if engine_config is not None:
             import deepspeed
@@ -63,14 +73,32 @@ class FrozenReference:
             self._model = deepspeed.initialize(model=self._model, config=engine_config, dist_init_required=False)[0]
 
     @torch.no_grad()
-    def topk(self, micro: MicroBatch, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(ids int64, logp, keep bool), each [N, K]. Scored are policy tokens with a negative advantage; for others,
-        and where an id is the sampled token, keep is False. Runs on dummies too: ranks stay in step."""
-        chosen = ((micro.advantage < 0) & ~micro.is_teacher).nonzero().squeeze(-1)
-        some_ids, some_logp = self._model(micro, chosen, k)
-        shape = (micro.trained_tokens, some_ids.shape[-1])
-        ids = torch.zeros(shape, dtype=torch.long, device=some_ids.device).index_copy_(0, chosen, some_ids)
-        logp = torch.zeros(shape, dtype=some_logp.dtype, device=some_ids.device).index_copy_(0, chosen, some_logp)
-        keep = torch.zeros(shape, dtype=torch.bool, device=some_ids.device)
-        keep[chosen] = some_ids != micro.targets[chosen, None]
-        return ids, logp, keep
+    def topk(self, micro: MicroBatch, positions: torch.Tensor, k: int) -> Anchors:
+        """The K most likely tokens at ``positions``: K ids and K log-probs for each, and nothing else. Sequences without
+        such a position are not computed."""
+        ids, logp = self._model(micro, "topk", positions, k)
+        return Anchors(positions.int(), ids.int(), logp)
+
+    @torch.no_grad()
+    def logp(self, micro: MicroBatch) -> torch.Tensor:
+        """[N]: log-probs of the micro-batch's own tokens, at their own temperature."""
+        return self._model(micro, "logp")
+
+    @torch.no_grad()
+    def states(self, micro: MicroBatch) -> torch.Tensor:
+        """[N, H]: the hidden states that the head reads."""
+        return self._model(micro, "states")
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [V, H], bias [V] or None). A collective on its first call, where the weights are partitioned: every
+        rank then keeps this one matrix whole."""
+        if self._head is None:
+            weight, bias = self._projection.weight, self._projection.bias
+            if self._announced is None:
+                self._head = weight.detach(), bias if bias is None else bias.detach()
+            else:
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([p for p in (weight, bias) if p is not None]):
+                    self._head = weight.detach().clone(), bias if bias is None else bias.detach().clone()
+        return self._head

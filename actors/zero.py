@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
-import json
 import logging
+import math
 import os
-import shutil
 import socket
-import subprocess
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +23,10 @@ from typing import Any
 
 import torch
 
-from actors import weights
+from hapo_async.backend import Update, set_optimizer
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
-from hapo_async.errors import ConfigError, RunError
-from hapo_async.learn import Update
+from hapo_async.errors import ConfigError
 from hapo_async.policy import PolicyModel, adamw, load_policy
 
 log = logging.getLogger(__name__)
@@ -201,16 +198,20 @@ def leave() -> None:
 
 
 class ZeroBackend:
-    """Trains a PolicyModel under DeepSpeed; see ``hapo_async.learn.Backend`` for what each method promises."""
+    """Trains a PolicyModel under DeepSpeed; see ``hapo_async.backend.Backend`` for what each method promises."""
 
-    def __init__(self, model_path: str, config: Config, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, model_path: str, config: Config, *, dtype: torch.dtype, device: str, with_value: bool = False
+    ) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
         tree = engine_config(config, dtype, device)
         # While this object lives, from_pretrained loads each weight straight into its ZeRO-3 partition.
         self._hf = HfDeepSpeedConfig(tree) if config.learner.zero_stage == 3 else None
-        policy = load_policy(model_path, config, dtype=dtype, device=None if self._hf else device)
+        policy = load_policy(
+            model_path, config, dtype=dtype, device=None if self._hf else device, with_value=with_value
+        )
         optimizer = _optimizer(policy, config, tree, device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=tree, dist_init_required=False
@@ -221,26 +222,48 @@ class ZeroBackend:
         self.stage = config.learner.zero_stage
         self.world_size: int = torch.distributed.get_world_size()
         self.rank: int = torch.distributed.get_rank()
+        # DeepSpeed averages over ranks; our losses are already divided by the global count and want a sum.
+        self.loss_scale = float(self.world_size)
+        self._bound = _NormBound(self.optimizer)
 
     def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         return self.engine(micro, **wanted)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; our losses are already divided by the global count and want a sum.
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
-    def update(self) -> Update:
+    def update(self, max_norm: float | None = None) -> Update:
+        self._bound.set(max_norm)
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self._bound.exceeded or float(self.engine.get_global_grad_norm())
         return Update(grad_norm=norm, applied=not self.optimizer.overflow)
 
+    def configure(self, config: Config) -> None:
+        set_optimizer(self.torch_optimizer, config)
+        self.optimizer.clip_grad = config.learner.grad_clip
+
     def agree_max(self, values: list[int]) -> list[int]:
+        return self._reduce(torch.tensor(values, device=self.device), "MAX").tolist()
+
+    def agree_sum(self, values: list[float]) -> list[float]:
+        return self._reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "SUM").tolist()
+
+    def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, how))
+        return tensor
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, device=self.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        return tensor.tolist()
+        mine = [len(values) if rank == self.rank else 0 for rank in range(self.world_size)]
+        lengths = self.agree_max(mine)
+        padded = torch.zeros(max(lengths), dtype=values.dtype, device=self.device)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Hugging Face names, tied weights once."""
@@ -270,6 +293,44 @@ class ZeroBackend:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
 
 
+class _NormBound:
+    """Makes a ZeRO optimizer take a gradient norm above a bound for one that is not finite: it then clears the gradients
+    and steps nothing, on any rank. Every stage computes the norm in one method, which is none of DeepSpeed's public
+    ones; an optimizer without it refuses the bound."""
+
+    _METHODS = ("_get_norm_groups", "scaled_global_norm")  # stage 3: a list of parts; stages 1 and 2: the norm
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._wrapped = False
+        self._limit: float | None = None
+        self.exceeded: float | None = None
+
+    def set(self, limit: float | None) -> None:
+        """The bound of the next step; None: there is none. Raises ConfigError where this optimizer has no such method."""
+        self._limit, self.exceeded = limit, None
+        if limit is None or self._wrapped:
+            return
+        name = next((n for n in self._METHODS if hasattr(self._optimizer, n)), None)
+        if name is None:
+            raise ConfigError(
+                f"options.skip_grad_norm={limit} is not supported by DeepSpeed's {type(self._optimizer).__name__}; set "
+                "learner.zero_stage to 2 or 3, or leave the option out."
+            )
+        setattr(self._optimizer, name, functools.partial(self._bounded, getattr(self._optimizer, name)))
+        self._wrapped = True
+
+    def _bounded(self, measured: Callable[[], Any]) -> Any:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norms = measured()
+        norm = float(combine_grad_norm_groups(norms) if isinstance(norms, list) else norms)
+        if self._limit is None or not math.isfinite(norm) or norm <= self._limit:
+            return norms
+        self.exceeded = norm
+        return [n * math.inf for n in norms] if isinstance(norms, list) else norms * math.inf
+
+
 def _optimizer(policy: PolicyModel, config: Config, tree: dict[str, Any], device: str) -> torch.optim.Optimizer:
     offload = tree["zero_optimization"].get("offload_optimizer") or {}
     if device == "cuda" and isinstance(offload, dict) and offload.get("device", "none") != "none":
@@ -278,98 +339,3 @@ def _optimizer(policy: PolicyModel, config: Config, tree: dict[str, Any], device
         c = config.learner
         return DeepSpeedCPUAdam(policy.parameters(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay)
     return adamw(policy.parameters(), config, fused=device == "cuda")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files. All functions are collectives.
-
-
-def save_model(backend: ZeroBackend, folder: Path, source: str, stretch_bytes: int) -> None:
-    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. Rank 0 holds one whole copy meanwhile."""
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in weights.walk(backend, stretch_bytes):
-        if backend.rank == 0:
-            state[name] = tensor.cpu().clone()
-    failure: Exception | None = None
-    if backend.rank == 0:
-        try:
-            _write_model(backend.policy.model, state, folder, source)
-        except Exception as error:  # the others wait at the barrier: raise only behind it
-            failure = error
-    _barrier(backend)
-    if failure is not None:
-        raise failure
-
-
-def _write_model(model: Any, state: dict[str, torch.Tensor], folder: Path, source: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state)
-    if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-
-
-def save_state(backend: ZeroBackend, folder: Path, rank_state: dict[str, Any]) -> None:
-    """DeepSpeed's state and, beside it, each rank's own (random states, schedule)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if backend.rank == 0:
-        meta = {"ranks": backend.world_size, "zero_stage": backend.stage, "deepspeed": _deepspeed_version()}
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    torch.save(rank_state, folder / f"rank{backend.rank}.pt")
-    backend.save(folder)
-    _barrier(backend)
-
-
-def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
-    """Restores weights and optimizer; returns this rank's own state (rank 0's, where fewer ranks wrote it).
-
-    What another number of ranks wrote is first converted to DeepSpeed's universal format, next to the checkpoint's
-    folder. Raises RunError for another ZeRO stage and for a failed conversion.
-    """
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["zero_stage"] != backend.stage:
-        raise RunError(
-            f"the checkpoint {folder.parent} was written with learner.zero_stage={meta['zero_stage']}, this run has "
-            f"{backend.stage}; DeepSpeed's state is cut to that shape. Resume with learner.zero_stage="
-            f"{meta['zero_stage']}, or start a new run with model={folder.parent / 'model'}."
-        )
-    if meta["ranks"] == backend.world_size:
-        backend.load(folder)
-    else:
-        _load_resharded(backend, folder, meta["ranks"])
-    rank = backend.rank if backend.rank < meta["ranks"] else 0
-    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
-
-
-def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
-    """Loads shards of ``ranks`` ranks into another number of them. The converter is DeepSpeed's own program."""
-    target = folder.parent.with_name(f".{folder.parent.name}-universal")
-    failure = ""
-    if backend.rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(folder / "zero"), "--output_folder", str(target / "zero")]
-        command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        failure = done.stderr[-2000:] if done.returncode else ""
-    if backend.agree_max([int(bool(failure))])[0]:
-        raise RunError(
-            f"the state in {folder} of {ranks} ranks could not be converted for {backend.world_size}: {failure}"
-        )
-    try:
-        backend.load(target, universal=True)
-    finally:
-        _barrier(backend)
-        if backend.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-
-
-def _barrier(backend: ZeroBackend) -> None:
-    backend.agree_max([0])
-
-
-def _deepspeed_version() -> str:
-    import deepspeed
-
-    return str(deepspeed.__version__)

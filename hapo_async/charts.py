@@ -209,8 +209,9 @@ def _frame(lines: Sequence[Line], include: Sequence[float], unit: str, size: tup
         ys += [v + s * b for v, b in zip(line.values, line.band, strict=False) for s in (-1, 1)]
     low, high = min(ys), max(ys)
     ticks = nice_ticks(low, high, whole=unit in _WHOLE)
-    if include and low in include:  # an axis that starts at a natural end does not go below it
-        ticks = [t for t in ticks if t >= low - 1e-12]
+    # An axis that starts at a natural end does not go below it, not even for what rounding put there.
+    if include and low > min(include) - 0.01 * (high - low) - 1e-12:
+        ticks = [t for t in ticks if t >= min(include) - 1e-12]
     x0, x1 = min(xs), max(xs)
     if x0 == x1:
         x0, x1 = x0 - 0.5, x1 + 0.5

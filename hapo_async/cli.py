@@ -60,6 +60,45 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy."""
+    prepared = _prepare(config, overrides)
+    if dry_run:
+        from hapo_async import config as configs
+        from hapo_async import plan
+
+        out.print(configs.to_yaml(prepared.config), markup=False)
+        for line in plan.describe(prepared.config, prepared.model_path, prepared.tokenizer, prepared.prompts[0]):
+            out.print(line, markup=False)
+        return
+    _train(prepared)
+
+
+@app.command()
+def offline(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/fpa_offline.yaml.")],
+    overrides: Overrides = None,
+    generate_only: Annotated[
+        bool, typer.Option("--generate-only", help="Sample and judge the answers, then stop: no learner is started.")
+    ] = False,
+) -> None:
+    """Sample answers once, then train on them: `train` for algorithms that learn offline."""
+    prepared = _prepare(config, overrides)
+    if not prepared.algorithm.offline:
+        from hapo_async import algorithms
+
+        known = ", ".join(name for name in algorithms.names() if algorithms.get(name).offline)
+        raise ConfigError(
+            f"algorithm={prepared.algorithm.name!r} samples while it trains. Use `hapo-async train`, or one of: {known}."
+        )
+    if not generate_only:
+        _train(prepared)
+        return
+    from hapo_async.driver import offline as cached
+
+    folder = cached.generate_only(prepared, lambda text: out.print(text, markup=False))
+    out.print(f"answers      {folder}", markup=False)
+
+
+def _prepare(config: Path, overrides: list[str] | None) -> Any:
     from hapo_async import config as configs
 
     loaded = configs.load(config, overrides or [])
@@ -68,13 +107,10 @@ def train(
     prepared = setup.prepare(loaded)
     for report in prepared.reports.values():
         out.print(report.text(), markup=False)
-    if dry_run:
-        from hapo_async import plan
+    return prepared
 
-        out.print(configs.to_yaml(loaded), markup=False)
-        for line in plan.describe(prepared.config, prepared.model_path, prepared.tokenizer, prepared.prompts[0]):
-            out.print(line, markup=False)
-        return
+
+def _train(prepared: Any) -> None:
     from hapo_async.driver import run
 
     outcome = run.train(prepared)
@@ -87,6 +123,8 @@ def train(
 
 def _print_outcome(outcome: Any, rows: list[tuple[str, float | None, float]]) -> None:
     out.print(f"\n{outcome.steps} steps in {outcome.seconds:.0f} s")
+    if outcome.note:
+        out.print(f"stopped early: {outcome.note}", markup=False)
     for name, before, after in rows:
         start = f"{before:.3f} -> " if before is not None else ""
         out.print(f"held-out accuracy on {name} (pass@1): {start}{after:.3f}")
@@ -99,21 +137,35 @@ def _print_outcome(outcome: Any, rows: list[tuple[str, float | None, float]]) ->
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="A folder, a Hugging Face id, or builtin:chain.")],
     data: Annotated[list[str], typer.Option("--data", help="A file or data set; repeat for several.")],
-    n: Annotated[int, typer.Option(help="Answers per prompt.")] = 1,
-    k: Annotated[int, typer.Option(help="k of pass@k.")] = 1,
+    n: Annotated[int | None, typer.Option(help="Answers per prompt; 1, or what the protocol says.")] = None,
+    k: Annotated[int | None, typer.Option(help="Largest k of pass@k.")] = None,
+    protocol: Annotated[str, typer.Option(help="Evaluate as a seed paper does: 000 | 001 | 002 | 003 | 004.")] = "",
+    bootstrap: Annotated[int | None, typer.Option(help="Draws of bootstrap pass@k; 0 for none.", min=0)] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep all answers in this JSONL file.")] = None,
+    analyses: Annotated[bool, typer.Option("--analyses", help="Also oracle coverage and diversity.")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on benchmark files."""
     from hapo_async import config as configs
+    from hapo_async import evaluate, protocols
 
-    temperature = [] if n == 1 else ["eval.temperature=1.0"]
-    tree = [f"model={model}", f"eval.n={n}", f"eval.k={k}", *temperature, *(overrides or [])]
-    loaded = configs.load(None, tree)
+    preset = protocols.get(protocol) if protocol else None
+    names = [evaluate.set_name(source) for source in data]
+
+    def load(name: str) -> configs.Config:
+        own = protocols.overrides(preset, name, n, k)
+        return configs.load(None, [f"model={model}", *own, *(overrides or [])])
+
+    loaded = load(names[0])
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"eval": data})})
+    given = {text.partition("=")[0].removeprefix("eval.") for text in overrides or []} | ({"n"} if n else set())
+    for note in protocols.notes(preset, names, given) if preset else ():
+        err.print(f"note: {note}", markup=False)
     from hapo_async.driver import standalone
 
-    metrics = standalone.evaluate_model(loaded)
+    draws = bootstrap if bootstrap is not None else preset.bootstrap if preset else 0
+    metrics = standalone.evaluate_model(loaded, lambda name: load(name).eval, draws, save, analyses)
     if as_json:
         out.print_json(json.dumps(metrics))
         return
@@ -127,28 +179,49 @@ def evaluate_model(
 
 
 @app.command()
-def explain(algorithm: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
-    """Print what an algorithm is made of, from the code; without a name, list all."""
-    from hapo_async import algorithms
+def compare(
+    a: Annotated[str, typer.Argument(help="A run folder, or a file that `eval --save` wrote.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the comparison as one self-contained page.")] = None,
+) -> None:
+    """Compare two runs: metrics at equal steps, questions that only one of them solves."""
+    from hapo_async import compare as comparing
 
-    algorithm = algorithm.lower().replace("+", "_").replace(".", "_") if algorithm else None
-    names = [algorithm] if algorithm else algorithms.names()
-    parts = {name: algorithms.get(name).describe() for name in names}
+    found = comparing.compare(Path(a), Path(b))
+    if html:
+        comparing.write(found, html)
     if as_json:
-        out.print_json(json.dumps(parts[algorithm] if algorithm else list(parts.values())))
+        out.print_json(json.dumps(found.as_dict()))
         return
-    if algorithm is None:
-        table = Table("algorithm", "what it is", "advantage", "trains on", "reduction")
-        for name, p in parts.items():
-            table.add_row(
-                name, p["title"], p["advantage"].split(":")[0], p["composition"], p["reduction"].split(":")[0]
-            )
-        out.print(table)
-        out.print("`hapo-async explain NAME` prints the parts, the equation and the options of one.")
-        return
-    for key, value in parts[algorithm].items():
-        out.print(f"[bold]{key:>12}[/]  ", end="")
-        out.print(json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value, markup=False)
+    for block in found.blocks():
+        out.print(block, markup=False)
+
+
+@app.command()
+def explain(
+    algorithm: Annotated[str | None, typer.Argument(help="A name; without one, all are listed.")] = None,
+    other: Annotated[str | None, typer.Argument(help="Another name: print what the two do differently.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what an algorithm is made of, from the code; with two names, their difference; without any, all."""
+    from hapo_async import algorithms
+    from hapo_async import explain as explaining
+
+    found = [explaining.find(name) for name in (algorithm, other) if name]
+    if as_json:
+        everything = found or [algorithms.get(name).describe() for name in algorithms.names()]
+        tree = explaining.difference(*found) if other else everything[0] if algorithm else everything
+        out.print_json(json.dumps(tree))
+    elif other:
+        out.print(explaining.difference_text(*found), markup=False)
+    elif algorithm:
+        out.print(explaining.page(found[0]), markup=False)
+    else:
+        out.print(explaining.overview(), markup=False)
+        out.print(
+            "`hapo-async explain NAME` prints the parts, the equation and the options of one; `explain A B` their difference."
+        )
 
 
 @app.command()

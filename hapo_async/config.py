@@ -11,13 +11,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hapo_async import schedule
 from hapo_async.errors import ConfigError
 
 
@@ -50,6 +50,9 @@ class DataConfig(_Section):
     demonstrations: int = Field(-1, ge=-1, description="Prompts that keep their teacher solution; -1 means all.")
     shuffle: bool = Field(True, description="Seeded shuffling, a new order each epoch.")
     epochs: int = Field(0, ge=0, description="Passes over the data; 0 means until train.steps.")
+    answers: str = Field(
+        "", description="Folder of cached answers, for offline algorithms; empty means run.dir/answers."
+    )
 
 
 class SamplingConfig(_Section):
@@ -74,13 +77,33 @@ class GateConfig(_Section):
 
     mode: Literal["bayes", "always", "never"] = Field("bayes", description="bayes: open iff (1+S)/(2+N) < gamma.")
     gamma: float = Field(0.8, ge=0, le=1, description="Confidence below which the gate opens.")
+    schedule: dict[str, Any] = Field(
+        default_factory=dict,
+        description="How gamma moves over training: {} constant; or kind (linear | step | sigmoid), end, at, slope.",
+    )
+    decision: Literal["mean", "thompson", "pooled"] = Field(
+        "mean",
+        description="Compared with gamma: the posterior's mean; a draw from it (thompson); its mean with the prompt's "
+        "earlier visits (pooled).",
+    )
+    decay: float = Field(
+        0.5, ge=0, le=1, description="Weight of a prompt's last visit, and again of each before (pooled)."
+    )
     ties: Literal["first", "random", "longest", "stalest"] = Field(
         "first", description="Which of the lowest-reward answers is replaced."
     )
-    teacher: Literal["seeded", "shortest"] = Field("seeded", description="Which of several demonstrations is used.")
+    teacher: Literal["seeded", "shortest", "likeliest"] = Field(
+        "seeded",
+        description="Which of several demonstrations is used; likeliest: under the policy about to be trained.",
+    )
     advantage_group: Literal["injected", "rollouts"] = Field(
         "injected", description="Group whose rewards give the advantage: after or before injection."
     )
+
+    @field_validator("schedule", mode="after")
+    @classmethod
+    def _schedule(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return schedule.complete(value)
 
 
 class GeneratorConfig(_Section):
@@ -115,7 +138,7 @@ class LearnerConfig(_Section):
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
     mini_batches: int = Field(1, ge=1, description="Optimizer updates per step: the batch is split into this many.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Tokens, padding included, of one forward pass.")
-    head_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at one time.")
+    head_chunk_tokens: int = Field(8192, ge=1, description="At most so many tokens' logits exist at one time.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     max_bad_steps: int = Field(5, ge=1, description="Stop after this many skipped (non-finite) steps in a row.")
     deadline_s: float = Field(1800.0, gt=0, description="A step or publish that takes longer ends the run.")
@@ -246,11 +269,6 @@ def _check_eval(c: Config) -> None:
         raise ValueError(
             f"eval.n={c.eval.n} with eval.temperature=0 samples the same answer each time. Set a temperature, or eval.n=1."
         )
-
-
-def exact(x: float) -> Fraction:
-    """The rational that a person meant by a decimal: 0.8 is 4/5, not the nearest double."""
-    return Fraction(repr(float(x)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

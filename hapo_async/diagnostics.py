@@ -47,6 +47,9 @@ def of_tokens(batch: TokenBatch, t: Tokens, norm: Normaliser) -> dict[str, Mean]
             out |= _quadrants(t, norm)
         if batch.reward is not None:
             out |= _by_outcome(batch, t)
+        if batch.logp_ref is not None:
+            gap = log_ratio(t.safe("logp_ref", "the distance to the reference"), t.logp)
+            out["policy/ref_kl"] = Mean(torch.where(t.selected, gap.exp() - gap - 1, 0.0).sum(), t.selected.sum())
         if batch.value is not None:
             value = t.safe("value", "the critic").detach()
             out["critic/value_mean"] = Mean(value.sum(), t.selected.sum())

@@ -1,31 +1,44 @@
-"""The output head without its [N, V] logits: log-probs, entropy and gathered top-K in chunks, recomputed in the
-backward.
+"""The output head without its [N, V] logits: log-probs, entropy, gathered top-K, forward KL and FPA's extrapolated
+log-probs in chunks, recomputed in the backward.
 
-Peak extra memory is O(chunk_tokens * V), flat in N. Sums over the vocabulary are made in fp32 (fp64 for fp64 inputs),
-also for bf16 weights; the weight's gradient is accumulated in one buffer.
+Peak extra memory is flat in N, apart from the outputs and the gradient of hidden: ``peak_extra_bytes`` computes it.
+Sums over the vocabulary are made in fp32 (fp64 for fp64 inputs), also for bf16 weights; the weight's gradient is
+accumulated in one buffer. The last chunk's logits are kept for the backward, so a call of one chunk recomputes nothing.
 
 Legend: N tokens, H hidden, V vocabulary, K top-K, c tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-DEFAULT_CHUNK_TOKENS = 1024
+from hapo_async.head_kernels import Cut, Projection, Scores, Tokens, Workspace, block_rows, score, score_grad
+
+DEFAULT_CHUNK_TOKENS = 8192
+"""At most so many tokens' logits exist at one time; fewer where they would take more than WORKSPACE_BYTES."""
+
+Reference = tuple[Tensor, Tensor, Tensor | None]
+"""(hidden [N, H2], weight [V, H2], bias [V] or None) of a frozen model; no gradient reaches it."""
 
 
 class HeadOut(NamedTuple):
-    """logp [N]: log-prob of the target at ``temperature``. entropy [N] or None: in nats, at ``temperature``. topk_logp
-    [N, K] or None: log-probs of the given ids at temperature 1. fp32, or fp64 for fp64 inputs."""
+    """logp [N]: log-prob of the target at ``temperature``. entropy [N] or None: in nats, at ``temperature``.
+
+    At temperature 1: topk_logp [N, K] or None, log-probs of the given ids; ref_kl [N] or None, KL(reference || theta)
+    over the vocabulary; future_logp [N] or None, detached, log-prob of the target under softmax((1 + lam) h - lam h_ref).
+    fp32, or fp64 for fp64 weights.
+    """
 
     logp: Tensor
     entropy: Tensor | None
     topk_logp: Tensor | None
+    ref_kl: Tensor | None = None
+    future_logp: Tensor | None = None
 
 
 def token_logprobs(
@@ -39,26 +52,30 @@ def token_logprobs(
     entropy_grad: bool = False,
     topk_ids: Tensor | None = None,
     bias: Tensor | None = None,
+    reference: Reference | None = None,
+    forward_kl: bool = False,
+    future_lam: float | None = None,
 ) -> HeadOut:
     """Scores targets [N] int under softmax(hidden [N, H] @ weight [V, H].T + bias [V]).
 
     temperature [N] or number divides the logits of logp and entropy. entropy: also return it (detached unless
-    ``entropy_grad``). topk_ids [N, K] int: also return their log-probs, at temperature 1, with gradient. Gradients
-    reach hidden, weight and bias. Raises ValueError for shapes that do not fit and for a chunk below 1 token.
+    ``entropy_grad``). topk_ids [N, K] int: also return their log-probs, at temperature 1, with gradient. forward_kl,
+    future_lam >= 0: also return ref_kl, with gradient, and future_logp; both need ``reference``. Gradients reach
+    hidden, weight and bias; the reference's weight must still be there in the backward of ref_kl.
+
+    An id whose logit is -inf cannot occur: log-prob -inf, no share in the entropy or in any gradient. In future_logp it
+    is enough that one of the models excludes it (lam = 0 leaves the reference out); where no id remains the log-prob is
+    -inf. An id that the reference takes and theta excludes makes ref_kl +inf, with a finite gradient.
+
+    Raises ValueError for shapes that do not fit, a chunk below 1 token, lam < 0, and a missing reference.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} "
-            "must be [N, H], [V, H] and [N]"
-        )
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    _check(hidden, weight, targets, chunk_tokens, reference, forward_kl, future_lam)
     temperatures = None if isinstance(temperature, float | int) and temperature == 1 else temperature
     if temperatures is not None and not isinstance(temperatures, Tensor):
-        temperatures = torch.full((len(hidden),), float(temperatures), device=hidden.device)
-    inputs = (hidden, weight, bias, targets, temperatures, topk_ids)
-    logp, entropies, topk_logp = _Head.apply(*inputs, chunk_tokens, entropy or entropy_grad, entropy_grad)
-    return HeadOut(logp, entropies, topk_logp)
+        temperatures = torch.full((len(hidden),), float(temperatures), device=hidden.device, dtype=_wide(weight))
+    wanted = _Wanted(chunk_tokens, entropy or entropy_grad, entropy_grad, forward_kl, future_lam)
+    used = reference if reference is not None and (forward_kl or future_lam) else (None, None, None)
+    return HeadOut(*_Head.apply(hidden, weight, bias, targets, temperatures, topk_ids, *used, wanted))
 
 
 def reference_topk(
@@ -68,17 +85,52 @@ def reference_topk(
 
     No gradient. Log-probs are fp32, or fp64 for fp64 inputs.
     """
-    k = min(k, len(weight))
+    n, vocab, dtype = len(hidden), len(weight), _wide(weight)
+    k = min(k, vocab)
     with torch.no_grad():
-        product = _Projection(weight, bias)
-        ids = torch.empty((len(hidden), k), dtype=torch.long, device=hidden.device)
-        logp = torch.empty((len(hidden), k), dtype=product.dtype, device=hidden.device)
-        for part in _chunks(len(hidden), chunk_tokens):
-            logits = product(hidden[part])
-            top = logits.topk(k, dim=-1)
-            ids[part] = top.indices
-            logp[part] = top.values - torch.logsumexp(logits, -1, keepdim=True)
+        product = Projection(weight, bias, dtype)
+        ids = torch.empty((n, k), dtype=torch.long, device=hidden.device)
+        logp = torch.empty((n, k), dtype=dtype, device=hidden.device)
+        cut = Cut.of(n, vocab, chunk_tokens, dtype.itemsize, 1, hidden.device.type)
+        space = Workspace(cut, vocab, False, dtype, hidden.device)
+        for part in cut.chunks(n):
+            logits = product.logits(hidden[part], space.logits[: part.stop - part.start])
+            for rows, tokens in cut.blocks(part):
+                log_p = torch.log_softmax(logits[rows], -1, out=space.pair(rows)[0])
+                logp[tokens], ids[tokens] = log_p.topk(k, dim=-1)
     return ids, logp
+
+
+def peak_extra_bytes(
+    n: int,
+    vocab: int,
+    hidden: int,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    topk: int = 0,
+    reference_hidden: int = 0,
+    backward: bool = True,
+) -> int:
+    """Upper bound of what ``token_logprobs`` allocates at one time, in bytes, with every output that does not depend on
+    an argument here: the chunk's buffers, widened blocks, the outputs and their gradients, and the gradient of hidden.
+
+    Not counted: its arguments, and the gradients of weight and bias (the weight's is accumulated in fp32 where there
+    are several chunks). reference_hidden is 0 without a reference. ``dtype`` is that of hidden and weight.
+    """
+    wide = _wide_dtype(dtype).itemsize
+    cut = Cut.of(n, vocab, chunk_tokens, wide, 2 if reference_hidden else 1, device)
+    logits = cut.chunk * vocab * wide * (2 if reference_hidden else 1)
+    scratch = 2 * cut.rows * vocab * wide
+    widest = max(hidden, reference_hidden)
+    block = min(vocab, block_rows(widest, wide, device)) * widest * wide if dtype.itemsize < wide else 0
+    chunk_hidden = 2 * cut.chunk * widest * wide
+    biases = 3 * vocab * wide
+    per_token = n * (12 + 2 * topk) * wide
+    small = 4 * cut.rows * (4 + topk) * 8
+    hidden_grad = n * hidden * dtype.itemsize if backward else 0
+    return logits + scratch + block + chunk_hidden + biases + per_token + small + hidden_grad
 
 
 class ChunkedHead(nn.Module):
@@ -104,51 +156,54 @@ class ChunkedHead(nn.Module):
 # Inside
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+class _Wanted(NamedTuple):
+    chunk_tokens: int
+    entropy: bool
+    entropy_grad: bool
+    forward_kl: bool
+    future_lam: float | None
 
 
-class _Projection:
-    """Logits of a chunk in fp32 (fp64 for fp64), and the products that the backward needs.
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    Low-precision inputs multiply as they are on GPUs (``out_dtype`` keeps the fp32 accumulator); the CPU has no such
-    kernel, so there the weight is widened once.
-    """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
-        self.weight = weight.detach() if self.native else weight.detach().to(self.dtype)
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
+def _wide(weight: Tensor) -> torch.dtype:
+    return _wide_dtype(weight.dtype)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[c, H] -> [c, V]"""
-        logits = self._mm(hidden, self.weight.t())
-        return logits if self.bias is None else logits.add_(self.bias)
 
-    def hidden_grad(self, grad_logits: Tensor) -> Tensor:
-        """[c, V] -> [c, H]"""
-        return self._mm(grad_logits, self.weight)
-
-    def add_weight_grad(self, buffer: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """buffer [V, H] += grad_logits.T @ hidden"""
-        if self.native:
-            buffer.add_(self._mm(grad_logits.t(), hidden))
-        else:
-            buffer.addmm_(grad_logits.t(), hidden.to(self.dtype))
-
-    def _mm(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.native:
-            return torch.mm(a.to(self.weight.dtype), b.to(self.weight.dtype), out_dtype=torch.float32)
-        return a.to(self.dtype) @ b
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    reference: Reference | None,
+    forward_kl: bool,
+    lam: float | None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} "
+            "must be [N, H], [V, H] and [N]"
+        )
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    if lam is not None and not (lam >= 0 and math.isfinite(lam)):
+        raise ValueError(f"future_lam={lam} must be at least 0")
+    if (forward_kl or lam is not None) and reference is None:
+        raise ValueError("forward_kl and future_lam need reference=(hidden [N, H2], weight [V, H2], bias or None)")
+    if reference is not None:
+        states, table, _ = reference
+        if states.ndim != 2 or table.shape != (len(weight), states.shape[1]) or len(states) != len(hidden):
+            raise ValueError(
+                f"the reference's hidden {tuple(states.shape)} and weight {tuple(table.shape)} must be "
+                f"[{len(hidden)}, H2] and [{len(weight)}, H2]"
+            )
 
 
 class _Head(torch.autograd.Function):
-    """forward keeps per-token scalars alone; backward recomputes each chunk's logits.
-
-    With z = logits / T and p = softmax(z):  d logp / d logits = (1[target] - p) / T,
-    d entropy / d logits = -p (log p + entropy) / T,  d topk_k / d logits = 1[id_k] - softmax(logits).
-    """
+    """forward keeps the last chunk's logits, which the first backward uses up; the others, and those of a second
+    backward, are recomputed. The reference's are needed in the backward of ref_kl alone."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -159,103 +214,150 @@ class _Head(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor | None,
         topk_ids: Tensor | None,
-        chunk_tokens: int,
-        want_entropy: bool,
-        entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        product = _Projection(weight, bias)
-        n = len(hidden)
-        like: dict[str, Any] = {"dtype": product.dtype, "device": hidden.device}
-        temperature = None if temperature is None else temperature.to(**like)
-        logp, log_z = torch.empty(n, **like), torch.empty(n, **like)
-        entropy = torch.empty(n, **like) if want_entropy else None
-        topk = None if topk_ids is None else torch.empty(topk_ids.shape, **like)
-        log_z1 = log_z if topk is None or temperature is None else torch.empty(n, **like)
-        for part in _chunks(n, chunk_tokens):
-            logits = product(hidden[part])
-            if topk is not None and topk_ids is not None:
-                log_z1[part] = torch.logsumexp(logits, -1)
-                topk[part] = logits.gather(-1, topk_ids[part]) - log_z1[part, None]
-            if temperature is not None:
-                logits /= temperature[part, None]
-            log_z[part] = torch.logsumexp(logits, -1)
-            logp[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - log_z[part]
-            if entropy is not None:
-                entropy[part] = _entropy(logits, log_z[part, None])
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, topk_ids, log_z, log_z1, entropy)
-        ctx.chunk_tokens = chunk_tokens
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        wanted: _Wanted,
+    ) -> tuple[Tensor | None, ...]:
+        dtype = _wide(weight)
+        if temperature is not None:
+            temperature = temperature.to(device=hidden.device, dtype=dtype)
+        out = _empty_scores(hidden, topk_ids, dtype, wanted)
+        tensors = (hidden, weight, bias, targets, temperature, topk_ids, ref_hidden, ref_weight, ref_bias)
+        head = _Call(*tensors)
+        space = head.workspace(dtype, wanted)
+        for part in space.cut.chunks(len(hidden)):
+            x, y = head.logits(part, space)
+            for rows, tokens in space.cut.blocks(part):
+                y_rows = None if y is None else y[rows]
+                lam = wanted.future_lam or 0.0
+                score(x[rows], y_rows, head.tokens.at(tokens), out.at(tokens), lam, space.pair(rows))
+        if any(ctx.needs_input_grad):
+            if not wanted.forward_kl:
+                space.reference = None
+            ctx.kept = space
+        later = tensors if wanted.forward_kl else (*tensors[:6], None, None, None)
+        ctx.save_for_backward(*later, out.entropy if wanted.entropy_grad else None)
+        ctx.wanted = wanted
         ctx.set_materialize_grads(False)
-        if entropy is not None and not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy, topk
+        fixed = (None if wanted.entropy_grad else out.entropy, out.future_logp)
+        ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_topk: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature, topk_ids, log_z, log_z1, entropy = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        product = _Projection(weight, bias)
-        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros(weight.shape, dtype=product.dtype, device=weight.device) if needs_weight else None
-        bias_grad = torch.zeros(len(weight), dtype=product.dtype, device=weight.device) if needs_bias else None
-        for part in _chunks(len(hidden), ctx.chunk_tokens):
-            logits = product(hidden[part])
-            grad = None
-            if grad_topk is not None:
-                grad = _topk_grad(logits, topk_ids[part], log_z1[part, None], grad_topk[part])
-            if grad_logp is not None or grad_entropy is not None:
-                if temperature is not None:
-                    logits /= temperature[part, None]
-                scaled = _scaled_grad(
-                    logits,
-                    targets[part],
-                    log_z[part, None],
-                    None if grad_logp is None else grad_logp[part],
-                    None if grad_entropy is None else (grad_entropy[part], entropy[part]),
-                )
-                if temperature is not None:
-                    scaled /= temperature[part, None]
-                grad = scaled if grad is None else grad.add_(scaled)
-            if grad is None:
-                continue
-            if hidden_grad is not None:
-                hidden_grad[part] = product.hidden_grad(grad).to(hidden.dtype)
-            if weight_grad is not None:
-                product.add_weight_grad(weight_grad, grad, hidden[part])
-            if bias_grad is not None:
-                bias_grad += grad.sum(0)
-        grads = (hidden_grad, weight_grad, bias_grad)
-        cast = [None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True)]
-        return (*cast, None, None, None, None, None, None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad = Scores(*grads)
+        *tensors, entropy = ctx.saved_tensors
+        kept, ctx.kept = [ctx.kept], None
+        if all(x is None for x in grad):
+            return (None,) * 10
+        if grad.ref_kl is None:
+            tensors[6:] = (None, None, None)
+        head = _Call(*tensors)
+        made = _walk_back(head, grad, entropy, kept, ctx.wanted, ctx.needs_input_grad)
+        return (*made.cast(), None, None, None, None, None, None, None)
 
 
-def _entropy(scaled: Tensor, log_z: Tensor) -> Tensor:
-    """[c, V] scaled logits (destroyed) -> [c]: -sum p log p. An impossible token (logit -inf) contributes 0."""
-    log_p = scaled.sub_(log_z)
-    p = log_p.exp()
-    return -(p * log_p.clamp_(min=torch.finfo(log_p.dtype).min)).sum(-1)
+class _Call:
+    """The inputs of one call, theta's and the reference's."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor | None,
+        topk_ids: Tensor | None,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.ref_hidden = hidden, weight, bias, ref_hidden
+        self.theta = Projection(weight, bias, _wide(weight))
+        self.tokens = Tokens(targets, temperature, topk_ids)
+        self.reference = None if ref_weight is None else Projection(ref_weight, ref_bias, _wide(weight))
+
+    def workspace(self, dtype: torch.dtype, wanted: _Wanted) -> Workspace:
+        n, vocab = len(self.hidden), len(self.weight)
+        two = self.reference is not None
+        device = self.hidden.device
+        cut = Cut.of(n, vocab, wanted.chunk_tokens, dtype.itemsize, 1 + two, device.type)
+        return Workspace(cut, vocab, two, dtype, device)
+
+    def logits(self, part: slice, space: Workspace) -> tuple[Tensor, Tensor | None]:
+        """Logits [m, V] of a chunk and the reference's, in the workspace."""
+        m = part.stop - part.start
+        x = self.theta.logits(self.hidden[part], space.logits[:m])
+        if self.reference is None or self.ref_hidden is None or space.reference is None:
+            return x, None
+        return x, self.reference.logits(self.ref_hidden[part], space.reference[:m])
 
 
-def _scaled_grad(
-    scaled: Tensor, targets: Tensor, log_z: Tensor, grad_logp: Tensor | None, entropy: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Gradient of logp (and entropy) with respect to the scaled logits [c, V], which are destroyed."""
-    log_p = scaled.sub_(log_z)
-    if entropy is None:
-        assert grad_logp is not None
-        return log_p.exp_().mul_(-grad_logp[:, None]).scatter_add_(-1, targets[:, None], grad_logp[:, None])
-    grad_entropy, value = entropy
-    p = log_p.exp()
-    coefficient = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(value[:, None]).mul_(-grad_entropy[:, None])
-    if grad_logp is not None:
-        coefficient -= grad_logp[:, None]
-    grad = coefficient.mul_(p)
-    return grad if grad_logp is None else grad.scatter_add_(-1, targets[:, None], grad_logp[:, None])
+class _InputGrads:
+    """The gradients of hidden, weight and bias, where needed. The weight's is accumulated in fp32 over several chunks."""
+
+    def __init__(self, head: _Call, needed: tuple[bool, ...], chunks: int) -> None:
+        self.head, self.first = head, True
+        weight, dtype = head.weight, head.theta.dtype
+        new = torch.zeros if chunks == 0 else torch.empty
+        kept = weight.dtype if chunks <= 1 else dtype
+        self.hidden = torch.empty_like(head.hidden) if needed[0] else None
+        self.weight = new(weight.shape, dtype=kept, device=weight.device) if needed[1] else None
+        self.bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needed[2] else None
+
+    def add(self, part: slice, grad: Tensor) -> None:
+        """The share of the chunk ``part``, whose logits have the gradient ``grad`` [m, V]."""
+        if self.hidden is not None:
+            self.head.theta.hidden_grad(grad, self.hidden[part])
+        if self.weight is not None:
+            self.head.theta.weight_grad(grad, self.head.hidden[part], self.weight, self.first)
+        if self.bias is not None:
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
+        self.first = False
+
+    def cast(self) -> tuple[Tensor | None, ...]:
+        head = self.head
+        pairs = zip((self.hidden, self.weight, self.bias), (head.hidden, head.weight, head.bias), strict=True)
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
-def _topk_grad(logits: Tensor, ids: Tensor, log_z: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the gathered log-probs at temperature 1 with respect to the logits [c, V], which are kept."""
-    p = (logits - log_z).exp_()
-    return p.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids, grad)
+def _walk_back(
+    head: _Call,
+    grad: Scores,
+    entropy: Tensor | None,
+    kept: list[Workspace | None],
+    wanted: _Wanted,
+    needed: tuple[bool, ...],
+) -> _InputGrads:
+    """Gradients of the inputs, from the last chunk to the first. ``kept`` holds the workspace with the last chunk's
+    logits, or None; it is emptied, so that the buffers are gone when this returns."""
+    space = kept.pop()
+    fresh = space is not None
+    space = space or head.workspace(head.theta.dtype, wanted)
+    chunks = space.cut.chunks(len(head.hidden))
+    made = _InputGrads(head, needed, len(chunks))
+    for part in reversed(chunks):
+        m = part.stop - part.start
+        x, y = space.held(m, grad.ref_kl is not None) if fresh else head.logits(part, space)
+        fresh = False
+        grad_x = head.theta.grad_of(x)
+        for rows, tokens in space.cut.blocks(part):
+            y_rows = None if y is None else y[rows]
+            value = None if entropy is None else entropy[tokens]
+            at = (head.tokens.at(tokens), grad.at(tokens), value, space.pair(rows))
+            grad_x[rows].copy_(score_grad(x[rows], y_rows, *at))
+        made.add(part, grad_x)
+    return made
+
+
+def _empty_scores(hidden: Tensor, topk_ids: Tensor | None, dtype: torch.dtype, wanted: _Wanted) -> Scores:
+    n, like = len(hidden), {"dtype": dtype, "device": hidden.device}
+    return Scores(
+        logp=torch.empty(n, **like),  # type: ignore[call-overload]
+        entropy=torch.empty(n, **like) if wanted.entropy else None,  # type: ignore[call-overload]
+        topk_logp=None if topk_ids is None else torch.empty(topk_ids.shape, **like),  # type: ignore[call-overload]
+        ref_kl=torch.empty(n, **like) if wanted.forward_kl else None,  # type: ignore[call-overload]
+        future_logp=None if wanted.future_lam is None else torch.empty(n, **like),  # type: ignore[call-overload]
+    )

@@ -1,10 +1,11 @@
 """The learner's step: micro-batches in lockstep, one loss path, one optimizer update per mini-batch.
 
-The same code runs under DeepSpeed (``actors.zero``) and in a single plain process (``TorchBackend``): a *backend* owns
-the module, the optimizer and the collectives, and this module owns what is computed and in which order. Per step:
+The same code runs under DeepSpeed (``actors.zero``) and in a single plain process (``backend.TorchBackend``): a
+*backend* owns the module, the optimizer and the collectives, and this module owns what is computed and in which order.
+Per step:
 
     sequences of each mini-batch -> micro-batches, padded with dummies to the maximum over ranks
-    proximal log-probs of the second and later mini-batches (no gradient), before the first update
+    scores under the policy that the step starts from, where something is compared with them (``hapo_async.prepass``)
     per mini-batch: forward, objective, backward per micro-batch -> clipped update, or none when anything is not finite
 
 Losses are divided by global counts (``batch.plan_step``), so micro-batches and ranks simply add up.
@@ -16,111 +17,53 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from hapo_async import algorithms
-from hapo_async.batch import MicroBatch, StepPlan, dummy, pack
+from hapo_async import algorithms, perf, prepass
+from hapo_async.backend import Anchors, Backend, Reference, Update, nbytes
+from hapo_async.batch import MicroBatch, StepPlan, dummy, pack, trained_positions
 from hapo_async.config import Config
-from hapo_async.head import HeadOut
+from hapo_async.errors import ConfigError
 from hapo_async.objective import objective
-from hapo_async.policy import PolicyModel, adamw, layout_for, schedule, split
-from hapo_async.upge import Mean, Normaliser, TokenBatch
+from hapo_async.policy import Scores, layout_for, schedule, split
+from hapo_async.prepass import Before
+from hapo_async.reduction import Normaliser
+from hapo_async.tally import RankReport, Tally
+from hapo_async.upge import TokenBatch
 
 if TYPE_CHECKING:
     from hapo_async.inject import Sequence
 
 log = logging.getLogger(__name__)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Backends
-
-
-@dataclass(frozen=True)
-class Update:
-    """The outcome of one optimizer update. grad_norm: global, before clipping; not finite when nothing was applied."""
-
-    grad_norm: float
-    applied: bool
+REFERENCE_NEEDS = frozenset({"topk", "ref_kl", "future"})
+"""What only a loaded reference can give; log-probs of sampled tokens (``ref_logp``) may also be cached."""
 
 
-class Backend(Protocol):
-    """What a learner needs from whoever owns module and optimizer. All methods but ``forward`` are collective."""
-
-    policy: PolicyModel
-    torch_optimizer: torch.optim.Optimizer
-    device: torch.device
-    rank: int
-    world_size: int
-
-    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
-        """The policy's forward pass."""
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds the gradient of ``loss``, summed over ranks; ``last`` marks the update's last micro-batch."""
-
-    def update(self) -> Update:
-        """Clips, steps and clears the gradients; steps nothing, on any rank, when their global norm is not finite."""
-
-    def agree_max(self, values: list[int]) -> list[int]:
-        """Elementwise maximum over ranks."""
+def needs_of(config: Config) -> frozenset[str]:
+    """What the algorithm of ``config`` needs: ``Algorithm.requires``, and "reference" where it must be loaded. Cached
+    answers of offline algorithms carry the reference's log-probs with them."""
+    algorithm = algorithms.get(config.algorithm)
+    needs = algorithm.requires(algorithm.resolve(dict(config.options), config))
+    loaded = needs & REFERENCE_NEEDS or ("ref_logp" in needs and not algorithm.offline)
+    return needs | {"reference"} if loaded else needs
 
 
-class TorchBackend:
-    """One plain process, no DeepSpeed: for tests, for notebooks, and as the reading version of ``actors.zero``."""
-
-    def __init__(self, policy: PolicyModel, config: Config) -> None:
-        self.policy = policy
-        self.torch_optimizer: torch.optim.Optimizer = adamw(policy.parameters(), config)
-        self.device = next(policy.parameters()).device
-        self.rank, self.world_size = 0, 1
-        self._clip = config.learner.grad_clip
-
-    def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
-        return self.policy(micro, **wanted)
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
-
-    def update(self) -> Update:
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), self._clip))
-        applied = math.isfinite(norm)
-        if applied:
-            self.torch_optimizer.step()
-        self.torch_optimizer.zero_grad(set_to_none=True)
-        return Update(norm, applied)
-
-    def agree_max(self, values: list[int]) -> list[int]:
-        return values
-
-
-class Reference(Protocol):
-    """A frozen model that scores after the gate (``actors.reference``)."""
-
-    def topk(self, micro: MicroBatch, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(ids, logp, keep), each [N, K]: its most likely tokens at T = 1 where the algorithm needs them, keep False
-        elsewhere and where an id is the sampled token. Called by all ranks alike."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The step
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """What one rank has to say of a step; ``merge`` makes metrics of all of them. means: name -> (sum, weight)."""
-
-    means: dict[str, tuple[float, float]]
-    sums: dict[str, float]
-    maxima: dict[str, float]
-    shared: dict[str, float]
+def check_needs(config: Config, with_reference: bool, with_value: bool) -> None:
+    """Raises ConfigError when a learner that was started without a reference or critic cannot run ``config``."""
+    needs = needs_of(config)
+    for name, present, what in (("reference", with_reference, "a reference model"), ("value", with_value, "a critic")):
+        if name in needs and not present:
+            raise ConfigError(
+                f"algorithm={config.algorithm!r} needs {what}, and this learner was started without one. Start it with "
+                f"this algorithm, or with needs={{'{name}'}}."
+            )
 
 
 class Learner:
@@ -128,45 +71,104 @@ class Learner:
 
     def __init__(self, backend: Backend, config: Config, reference: Reference | None = None) -> None:
         self.backend = backend
+        self.reference = reference
+        self._layout, _ = layout_for(backend.device.type)
+        weights = next(backend.policy.parameters()).dtype
+        self._dtype = torch.float64 if weights == torch.float64 else torch.float32
+        self._set(config)
+        self.schedule = schedule(backend.torch_optimizer, config)
+
+    def configure(self, config: Config) -> None:
+        """Another algorithm, other options, another optimizer setting and schedule on the same weights. Raises
+        ConfigError for what the learner was not started with."""
+        self._set(config)
+        self.backend.configure(config)
+        self.schedule = schedule(self.backend.torch_optimizer, config)
+
+    def _set(self, config: Config) -> None:
+        check_needs(config, self.reference is not None, self._with_value)
         self.config = config
         self.algorithm = algorithms.get(config.algorithm)
         self.options = self.algorithm.resolve(dict(config.options), config)
         self.needs = self.algorithm.requires(self.options)
-        self.reference = reference
-        self.schedule = schedule(backend.torch_optimizer, config)
-        self._layout, _ = layout_for(backend.device.type)
-        weights = next(backend.policy.parameters()).dtype
-        self._dtype = torch.float64 if weights == torch.float64 else torch.float32
-        if "topk" in self.needs and reference is None:
-            raise ValueError(f"{config.algorithm} needs a reference model for its top-K")
+
+    @property
+    def _with_value(self) -> bool:
+        return self.backend.policy.value_head is not None
+
+    # ---------------------------------------------------------------- what the driver asks for
 
     def step(self, plan: StepPlan, minis: Seq[Seq[Sequence]]) -> RankReport:
         """Trains on one step: ``minis`` are this rank's sequences of each mini-batch of ``plan``."""
         started = time.perf_counter()
-        tally = Tally()
-        batches = self._pack(minis, plan)
-        proximal = self._proximal(batches)
-        updates = []
-        for index, (micros, norm) in enumerate(zip(batches, plan.normalisers, strict=True)):
-            for i, micro in enumerate(micros):
-                loss = self._loss(micro, plan, norm, proximal.get((index, i)), tally)
-                self.backend.backward(loss, last=i == len(micros) - 1)
-            update = self.backend.update()
+        tally, updates, micros = Tally(), [], []
+        for index, part in enumerate(self._mini_batches(plan, minis, tally)):
+            for i, (micro, before) in enumerate(zip(part.micros, part.before, strict=True)):
+                loss = self._loss(micro, plan.version.step, part.norm, before, tally)
+                self.backend.backward(loss, last=i == len(part.micros) - 1)
+                tally.add_hidden_gradients(micro, self.backend.policy.hidden_grad_squares, self.backend.loss_scale)
+            micros += part.micros
+            update = self.backend.update(self.options.get("skip_grad_norm"))
             updates.append(update)
             lr = self.schedule.get_last_lr()[0]
             if update.applied:
                 self.schedule.step()
             else:
-                log.warning("update %d of step %s skipped: the loss or its gradient is not finite", index, plan.version)
-        return self._report(batches, minis, updates, lr, tally, time.perf_counter() - started)
+                why = f"its gradient norm is {update.grad_norm:.4g}" if update.over_bound else "not finite"
+                log.warning("update %d of step %s skipped: %s", index, plan.version, why)
+        return self._report(micros, minis, updates, lr, tally, time.perf_counter() - started)
 
-    def _pack(self, minis: Seq[Seq[Sequence]], plan: StepPlan) -> list[list[MicroBatch]]:
-        """Micro-batches of every mini-batch, as many on every rank: ZeRO-3's collectives pair up or hang."""
-        budget = self.config.learner.micro_batch_tokens
-        batches = [
-            pack([s for s in mini if len(s.tokens)], budget, self._layout, dtype=self._dtype, groups=len(groups))
-            for mini, groups in zip(minis, plan.minis, strict=True)
-        ]
+    @torch.no_grad()
+    def holdout(self, plan: StepPlan, minis: Seq[Seq[Sequence]]) -> RankReport:
+        """The objective on held-out groups, without gradient: ``loss/value`` is -J."""
+        tally = Tally()
+        for part in self._mini_batches(plan, minis, tally):
+            for micro, before in zip(part.micros, part.before, strict=True):
+                self._loss(micro, plan.version.step, part.norm, before, tally)
+        return tally.report({}, {}, {})
+
+    @torch.no_grad()
+    def score(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
+        """float32 [T] per sequence, in their order: log-probs of its trained tokens at temperature 1 under the weights
+        as they are, NaN for tokens that are not trained. All ranks call it alike, with different sequences."""
+        out = [np.full(len(s.tokens), np.nan, np.float32) for s in sequences]
+        chosen = [i for i, s in enumerate(sequences) if len(trained_positions(s.sources))]
+        # One group each: a packer only asks for groups that stay together.
+        alone = [replace(sequences[i], group=n) for n, i in enumerate(chosen)]
+        for micro in self._in_lockstep([self._packed(alone, len(alone))])[0]:
+            cold = replace(micro, temperature=torch.ones_like(micro.temperature))
+            logp = prepass.score(self.backend, cold).logp.float().cpu().numpy()
+            if micro.is_real:
+                where = micro.sequence.cpu().numpy()
+                for n in micro.sequence_ids:
+                    s = sequences[chosen[n]]
+                    out[chosen[n]][trained_positions(s.sources)] = logp[where == n]
+        return out
+
+    # ---------------------------------------------------------------- inside a step
+
+    def _mini_batches(self, plan: StepPlan, minis: Seq[Seq[Sequence]], tally: Tally) -> Iterator[MiniBatch]:
+        """Each mini-batch with what must be known before its update; made when it is asked for, since later ones look
+        at the policy that earlier ones left."""
+        batches = self._in_lockstep(
+            [
+                self._packed([s for s in mini if len(trained_positions(s.sources))], len(groups))
+                for mini, groups in zip(minis, plan.minis, strict=True)
+            ]
+        )
+        if "ref_logp" in self.needs:
+            batches = self._with_reference_logp(batches, tally)
+        known = prepass.measure(self.backend, batches, self.needs, self.options, self.config.correction)
+        for micros, before, norm in zip(batches, known, plan.normalisers, strict=True):
+            full = prepass.complete(self.backend, norm, micros, before, self.needs, self.options)
+            yield MiniBatch(micros, before, full)
+
+    def _packed(self, sequences: Seq[Sequence], groups: int) -> list[MicroBatch]:
+        budget, whole = self.config.learner.micro_batch_tokens, "groups" in self.needs
+        return pack(sequences, budget, self._layout, dtype=self._dtype, groups=groups, whole_groups=whole)
+
+    def _in_lockstep(self, batches: Seq[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """As many micro-batches on every rank: ZeRO-3's collectives pair up or hang."""
         counts = self.backend.agree_max([max(1, len(micros)) for micros in batches])
         idle = dummy(self._dtype)
         return [
@@ -174,73 +176,104 @@ class Learner:
             for micros, count in zip(batches, counts, strict=True)
         ]
 
-    def _proximal(self, batches: list[list[MicroBatch]]) -> dict[tuple[int, int], torch.Tensor]:
-        """log-probs of the step's proximal policy, by (mini-batch, micro-batch), where they must be recomputed.
-
-        The first mini-batch is trained at the proximal policy itself: its log-probs are the forward pass's own.
-        """
-        out: dict[tuple[int, int], torch.Tensor] = {}
-        if not self._needs_proximal():
-            return out
-        with torch.no_grad():
-            for index, micros in enumerate(batches[1:], start=1):
-                for i, micro in enumerate(micros):
-                    out[index, i] = self.backend.forward(micro)[:, 0]
+    def _with_reference_logp(self, batches: list[list[MicroBatch]], tally: Tally) -> list[list[MicroBatch]]:
+        """Micro-batches with the reference's log-probs: cached ones as they came, on all ranks, or scored now."""
+        missing = any(m.is_real and not m.has_ref for micros in batches for m in micros)
+        if not self.backend.agree_max([int(missing)])[0]:
+            return batches
+        if self.reference is None:
+            raise ValueError(
+                f"{self.algorithm.name} needs log-probs of the reference: answers without cached scores, no reference"
+            )
+        out = []
+        for micros in batches:
+            scored = [(micro, self.reference.logp(micro)) for micro in micros]
+            tally.reference_bytes += sum(nbytes(logp) for micro, logp in scored if micro.is_real)
+            out.append([replace(micro, logp_ref=logp, has_ref=True) for micro, logp in scored])
         return out
 
-    def _needs_proximal(self) -> bool:
-        if self.config.correction == "clip":
-            return False  # the behaviour policy takes its place
-        return "prox" in self.needs
-
-    def _loss(
-        self, micro: MicroBatch, plan: StepPlan, norm: Normaliser, logp_prox: torch.Tensor | None, tally: Tally
-    ) -> torch.Tensor:
+    def _loss(self, micro: MicroBatch, step: int, norm: Normaliser, before: Before, tally: Tally) -> torch.Tensor:
+        anchors = self._anchors(micro, before, tally)
+        wanted = {"entropy": True, "entropy_grad": "entropy" in self.needs, **self._reference_states(micro, tally)}
         topk = None
-        if self.reference is not None and "topk" in self.needs:
-            topk = self.reference.topk(micro, int(self.options["k"]))
-        bonus = "entropy" in self.needs
-        columns = self.backend.forward(micro, entropy=True, entropy_grad=bonus, topk_ids=topk[0] if topk else None)
+        if anchors is not None:
+            topk = expand(anchors, micro)
+            wanted["topk_ids"] = topk[0]
+        columns = self.backend.forward(micro, **wanted)
         if not micro.is_real:
             return columns.sum() * 0.0
-        scores = split(columns, entropy=True, entropy_grad=bonus, topk=topk is not None)
-        batch = token_batch(micro, scores, plan.version.step, logp_prox, topk)
+        scores = split(columns, self._with_value, **wanted)
+        if "value" in self.needs and before.estimate is None:
+            before = replace(before, estimate=prepass.estimate(micro, scores, self.options))
+        batch = token_batch(micro, scores, step, before, topk)
         loss, stats = objective(
             self.algorithm, self.options, batch, norm, correction=self.config.correction, cap=self.config.staleness.cap
         )
         tally.add(stats)
-        tally.add_batch(batch)
+        tally.add_batch(batch, micro)
         # A loss that is not finite poisons the gradient, whose norm is agreed on by all ranks anyway: no rank steps.
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
+    def _anchors(self, micro: MicroBatch, before: Before, tally: Tally) -> Anchors | None:
+        """APO's top-K, for the policy's tokens with a negative advantage."""
+        if "topk" not in self.needs or self.reference is None:
+            return None
+        advantage = micro.advantage if before.estimate is None else before.estimate.advantage
+        positions = ((advantage < 0) & ~micro.is_teacher).nonzero().squeeze(-1)
+        anchors = self.reference.topk(micro, positions, int(self.options["k"]))
+        tally.reference_bytes += nbytes(*anchors)
+        return anchors
+
+    def _reference_states(self, micro: MicroBatch, tally: Tally) -> dict[str, Any]:
+        """What the head needs to compare whole distributions with the reference's."""
+        if not self.needs & {"ref_kl", "future"} or self.reference is None:
+            return {}
+        states = self.reference.states(micro)
+        if micro.is_real:
+            tally.reference_bytes += nbytes(states)
+        wanted: dict[str, Any] = {"reference": (states, *self.reference.head())}
+        if "future" in self.needs:
+            wanted["future_lam"] = float(self.options["lam"])
+        if "ref_kl" in self.needs:
+            wanted["forward_kl"] = True
+        return wanted
+
     def _report(
         self,
-        batches: list[list[MicroBatch]],
+        micros: Seq[MicroBatch],
         minis: Seq[Seq[Sequence]],
-        updates: list[Update],
+        updates: Seq[Update],
         lr: float,
         tally: Tally,
         seconds: float,
     ) -> RankReport:
-        micros = [m for part in batches for m in part]
         applied = [u.grad_norm for u in updates if u.applied]
-        means, maxima = tally.finish()
-        computed = sum(m.computed_tokens for m in micros)
-        real = sum(m.real_tokens for m in micros)
-        means["train/padding_frac"] = (float(computed - real), float(computed))
         shared = {
             "policy/lr": lr,
             "train/updates": float(len(applied)),
-            "train/skipped": float(len(updates) - len(applied)),
+            "train/skipped": float(sum(not u.applied and not u.over_bound for u in updates)),
             "train/micro_batches": float(len(micros)),
         }
+        if self.options.get("skip_grad_norm") is not None:
+            shared["train/skipped_norm"] = float(sum(u.over_bound for u in updates))
         if applied:
             shared["policy/grad_norm"] = sum(applied) / len(applied)
         sums = {
             "train/samples": float(sum(len(mini) for mini in minis)),
             "train/tokens": float(sum(m.trained_tokens for m in micros if m.is_real)),
         }
-        return RankReport(means, sums, {**maxima, "time/learn_s": seconds}, shared)
+        if self.needs & REFERENCE_NEEDS or "ref_logp" in self.needs:
+            sums["reference/bytes"] = float(tally.reference_bytes)
+        computed = sum(m.computed_tokens for m in micros)
+        real = sum(m.real_tokens for m in micros)
+        used = perf.measure(self.backend.policy.model, self.backend.device, real, int(sums["train/tokens"]), seconds)
+        report = tally.report(sums, {"time/learn_s": seconds, "perf/memory_bytes": used.memory_bytes}, shared)
+        report.means["train/padding_frac"] = (float(computed - real), float(computed))
+        if used.mfu is not None:
+            report.means["perf/mfu"] = (used.mfu, 1.0)
+        return report
+
+    # ---------------------------------------------------------------- resuming
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides weights and optimizer: schedule and random states of this rank."""
@@ -253,96 +286,64 @@ class Learner:
         set_rng_state(state["rng"])
 
 
+@dataclass(frozen=True)
+class MiniBatch:
+    """This rank's part of one optimizer update."""
+
+    micros: list[MicroBatch]
+    before: list[Before]
+    norm: Normaliser
+
+
+TopK = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def expand(anchors: Anchors, micro: MicroBatch) -> TopK:
+    """(ids int64, logp, keep bool), each [N, K]: keep is False outside the anchored positions and where an id is the
+    sampled token."""
+    positions, ids = anchors.positions.long(), anchors.ids.long()
+    shape, device = (micro.trained_tokens, ids.shape[-1]), ids.device
+    keep = torch.zeros(shape, dtype=torch.bool, device=device)
+    keep[positions] = ids != micro.targets[positions, None]
+    return (
+        torch.zeros(shape, dtype=torch.long, device=device).index_copy_(0, positions, ids),
+        torch.zeros(shape, dtype=anchors.logp.dtype, device=device).index_copy_(0, positions, anchors.logp),
+        keep,
+    )
+
+
 def token_batch(
-    micro: MicroBatch,
-    scores: HeadOut,
-    step: int,
-    logp_prox: torch.Tensor | None = None,
-    topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    micro: MicroBatch, scores: Scores, step: int, before: Before | None = None, topk: TopK | None = None
 ) -> TokenBatch:
-    """The objective's view of a scored micro-batch. Without ``logp_prox`` the policy is its own proximal policy."""
+    """The objective's view of a scored micro-batch. Without ``before.logp`` the policy is its own proximal policy."""
+    before = before or Before()
+    estimate = before.estimate
     return TokenBatch(
         logp=scores.logp,
-        logp_prox=scores.logp.detach() if logp_prox is None else logp_prox,
+        logp_prox=scores.logp.detach() if before.logp is None else before.logp,
         logp_behave=micro.logp_behave,
+        logp_ref=micro.logp_ref if micro.has_ref else None,
         entropy=scores.entropy,
-        advantage=micro.advantage,
+        entropy_prox=before.entropy,
+        advantage=micro.advantage if estimate is None else estimate.advantage,
+        value=None if estimate is None else scores.value,
+        value_old=None if estimate is None else estimate.value,
+        returns=None if estimate is None else estimate.returns,
         topk_logp=scores.topk_logp,
         topk_ref_logp=topk[1] if topk else None,
         topk_keep=topk[2] if topk else None,
+        future_logp=scores.future_logp,
+        ref_kl=scores.ref_kl,
         mask=torch.ones_like(micro.is_teacher),
         is_teacher=micro.is_teacher,
+        weight=micro.weight,
         sequence=micro.sequence,
         group=micro.group,
-        age=torch.where(micro.is_teacher, 0, step - micro.version_step),
+        age=torch.where(micro.is_teacher | (micro.version_step < 0), 0, step - micro.version_step),
         reward=micro.reward,
         confidence=micro.confidence,
         group_size=micro.group_size,
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-# Counts, reported as (count, any weight): over micro-batches and ranks they add up.
-_COUNTS = frozenset({"policy/bad_logp", "train/teacher_tokens"})
-
-
-class Tally:
-    """Sums of a step on one rank, kept on the device until the end: reading a number early would stall a GPU."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[torch.Tensor]] = {}  # pairs of (sum, weight), flat
-        self._maxima: dict[str, list[torch.Tensor]] = {}
-
-    def add(self, stats: Mapping[str, Mean]) -> None:
-        """Adds an objective's stats."""
-        for name, mean in stats.items():
-            self._parts.setdefault(name, []).extend(mean)
-
-    def add_batch(self, batch: TokenBatch) -> None:
-        """Adds what is measured for every algorithm alike."""
-        assert batch.age is not None
-        policy = batch.policy
-        count = policy.sum()
-        age = torch.where(policy, batch.age, 0)
-        self.add({"staleness/mean": Mean(age.sum(), count), "train/teacher_tokens": Mean(batch.teachers.sum(), count)})
-        self._maxima.setdefault("staleness/max", []).append(age.max())
-        if batch.entropy is not None:
-            self.add({"policy/entropy": Mean(torch.where(policy, batch.entropy.detach(), 0.0).sum(), count)})
-
-    def finish(self) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-        """(name -> (sum, weight), name -> maximum), read from the device in one go."""
-        flat = [x.double() for parts in self._parts.values() for x in parts]
-        flat += [torch.stack(values).max().double() for values in self._maxima.values()]
-        numbers = iter(torch.stack(flat).tolist() if flat else [])
-        means = {}
-        for name, parts in self._parts.items():
-            pairs = [(next(numbers), next(numbers)) for _ in range(len(parts) // 2)]
-            means[name] = (math.fsum(p[0] for p in pairs), math.fsum(p[1] for p in pairs))
-        return means, {name: next(numbers) for name in self._maxima}
-
-
-def merge(reports: Seq[RankReport]) -> dict[str, float]:
-    """Metrics of a step over all ranks: weighted means, sums, maxima, and what every rank agrees on."""
-    means: dict[str, list[float]] = {}
-    out: dict[str, float] = dict(reports[0].shared)
-    for report in reports:
-        for name, (total, weight) in report.means.items():
-            entry = means.setdefault(name, [0.0, 0.0])
-            entry[0] += total
-            entry[1] += weight
-        for name, value in report.sums.items():
-            out[name] = out.get(name, 0.0) + value
-        for name, value in report.maxima.items():
-            out[name] = max(out.get(name, value), value)
-    for name, (total, weight) in means.items():
-        if name in _COUNTS:
-            out[name] = total
-        elif weight:
-            out[name] = total / weight
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -28,20 +28,24 @@ class LiveView:
     """Shows the rows that the metrics writer returns. A context manager.
 
     console: where to; the default is standard output, and its ``is_terminal`` decides between table and lines.
-    clock: seconds, for tests.
+    clock: seconds, for tests. began: when, on that clock, the run was started; now, when not given.
     """
 
     def __init__(
-        self, total_steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        total_steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.console = console or Console()
         self.step = 0
         self.note = ""
         self._clock = clock
-        self._began = clock()
+        self._began = clock() if began is None else began
         self._first: tuple[int, float] | None = None  # (step, when) of the first learner step seen
-        self._last_at = self._began
+        self._last_at = clock()
         self._row: dict[str, Any] = {}
         self._evals: dict[str, list[tuple[int, float]]] = {}
         self._rewards: list[float] = []

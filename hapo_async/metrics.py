@@ -2,7 +2,7 @@
 
 ``REGISTRY`` is the whole vocabulary. Names with a ``{placeholder}`` are families, as in ``eval/{set}/pass@1``: ``{k}``
 and ``{n}`` stand for a number, any other placeholder for anything without a slash. ``Writer`` refuses what is not
-declared. ``bottleneck`` turns the waiting times of one step into a sentence that says what to change.
+declared. ``hapo_async.bottleneck`` turns the times of a step into the sentence that a row ends with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from hapo_async.bottleneck import bottleneck
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -54,6 +56,8 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("eval/{set}/pass@1/se", "share", "Standard error of pass@1: over samples (n > 1), binomial (n = 1)."),
     ("eval/{set}/pass@{k}", "share", "Chance that one of k answers is correct, unbiased: 1 - C(n-c,k)/C(n,k)."),
     ("eval/{set}/pass@{k}/se", "share", "Standard error of pass@k over prompts."),
+    ("eval/{set}/bootstrap@{k}", "share", "pass@k as the mean of seeded bootstrap draws of k answers per prompt."),
+    ("eval/{set}/bootstrap@{k}/se", "share", "Standard error of bootstrap@k: spread of the bootstrap draws."),
     ("eval/{set}/avg@{n}", "share", "Mean accuracy over n answers per prompt."),
     ("eval/{set}/avg@{n}/se", "share", "Standard error of avg@n: std of the n accuracies over sqrt(n)."),
     ("eval/{set}/prompts", "prompts", "Prompts evaluated."),
@@ -61,11 +65,18 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("eval/{set}/length_mean", "tokens", "Mean length of the evaluated answers."),
     ("eval/{set}/truncated_frac", "share", "Evaluated answers that ran out of tokens."),
     ("eval/{set}/version", "step", "Weight version that answered."),
+    ("eval/{set}/oracle_recall@{k}", "share", "Ground-truth tokens among the model's k likeliest, teacher-forced."),
+    ("eval/{set}/diversity/self_bleu", "share", "1 - Self-BLEU of a prompt's answers, mean over prompts."),
+    ("eval/{set}/diversity/similarity", "", "Cosine of the answers' mean-pooled hidden states, mean over pairs."),
+    ("eval/{set}/diversity/entropy", "nats", "Entropy of the model on its own answers at T = 1, mean over tokens."),
+    ("eval/{set}/diversity/max_prob", "share", "Largest token probability on its own answers, mean over tokens."),
     # The gate and the teacher
     ("gate/open_frac", "share", "Groups whose confidence was below the gate's threshold."),
     ("gate/injected", "groups", "Teacher solutions injected in this step."),
     ("gate/injected_frac", "share", "Injected teacher solutions over groups of the step."),
     ("gate/confidence", "share", "Mean posterior confidence (1+S)/(2+N) of the step's groups."),
+    ("gate/threshold", "share", "Mean threshold gamma that the step's groups were compared with."),
+    ("gate/confidence_hist/{bin}", "share", "Groups whose confidence lies in [bin, bin + 1) tenths."),
     ("gate/no_teacher", "groups", "Groups with an open gate and no teacher solution that may be injected."),
     ("gate/blocked", "groups", "Groups with an open gate where injection would have replaced a correct answer."),
     ("gate/degenerate", "groups", "Injected groups in which all rewards are then equal: only the teacher term trains."),
@@ -79,11 +90,12 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("throughput/generate_tokens_per_s", "tokens/s", "Sampled tokens per second, all generators."),
     ("throughput/generate_tokens_per_s/{generator}", "tokens/s", "Sampled tokens per second of one generator."),
     ("throughput/generate_tokens_per_gpu_s", "tokens/s", "Sampled tokens per second and generator GPU."),
-    ("throughput/learn_tokens_per_s", "tokens/s", "Trained tokens per second of learning, prompts included."),
+    ("throughput/learn_tokens_per_s", "tokens/s", "Trained tokens per second of learning, prompts left out."),
     ("throughput/learn_tokens_per_gpu_s", "tokens/s", "Trained tokens per second of learning and learner GPU."),
     ("throughput/groups_per_s", "groups/s", "Groups trained per second of wall time."),
     # Time of one step
     ("time/step_s", "s", "Wall time of the step, from publish to publish."),
+    ("time/run_s", "s", "Wall time since the run was started or resumed, coming up included."),
     ("time/learn_s", "s", "Forward, backward and optimizer."),
     ("time/wait_for_batch_s", "s", "The learner stood still because no batch was ready."),
     ("time/wait_for_stale_s", "s", "The learner stood still for running groups that would otherwise grow too old."),
@@ -108,9 +120,15 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("weights/failed", "updates", "Updates that a generator refused or did not finish in time, in this step."),
     # The policy and its loss
     ("policy/entropy", "nats", "Entropy of the policy, mean over trained policy tokens."),
+    (
+        "policy/entropy/{quadrant}",
+        "nats",
+        "Entropy of tokens by sign of advantage and entropy above or below a quantile.",
+    ),
+    ("policy/quadrant_frac/{quadrant}", "share", "Policy tokens in a quadrant: pos_high, pos_low, neg_high, neg_low."),
     ("policy/clip_frac", "share", "Policy tokens whose gradient the clip removed."),
     ("policy/ratio_mean", "", "Mean ratio of the current to the proximal policy."),
-    ("policy/ratio_max", "", "Largest ratio of the current to the proximal policy."),
+    ("policy/ratio_bounded_frac", "share", "Policy tokens whose ratio CISPO bounded."),
     ("policy/kl", "nats", "KL estimate (k3) between the proximal and the current policy."),
     ("policy/ref_kl", "nats", "KL estimate (k3) between the current and the reference policy."),
     ("policy/mismatch_kl", "nats", "KL estimate (k3) between the recorded behaviour and the proximal log-probs."),
@@ -120,21 +138,45 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("policy/bad_logp", "tokens", "Policy tokens with a non-finite behaviour log-prob; their weight is 1."),
     ("policy/grad_norm", "", "Global gradient norm before clipping; mean over the step's updates."),
     ("policy/lr", "", "Learning rate of the step's last update."),
+    ("policy/logp/{which}", "nats", "Log-prob of a sampled token, mean over tokens of correct or incorrect answers."),
+    ("policy/drift/{which}", "nats", "Sum over an answer of log pi - log ref; mean over correct or incorrect answers."),
+    (
+        "policy/hidden_grad_norm/{which}",
+        "",
+        "Norm of the loss's gradient at the last hidden states, over the tokens of correct or incorrect answers.",
+    ),
     ("policy/teacher_logp", "nats", "Mean log-prob of the teacher's tokens under the policy."),
     ("loss/value", "", "The objective's negative value -J."),
     ("loss/policy", "", "The part of -J that sampled answers contribute."),
     ("loss/teacher", "", "The part of -J that teacher solutions contribute."),
+    ("loss/kl", "", "The part of -J that the divergence from the reference policy contributes."),
+    ("loss/value_function", "", "The critic's loss."),
+    ("reference/bytes", "bytes", "Scores that the frozen reference handed to the learner in the step, all ranks."),
+    ("critic/value_mean", "", "Mean value that the critic gives to policy tokens."),
+    ("critic/explained_variance", "", "1 - var(return - value) / var(return)."),
     ("apo/r_anchor_mean", "", "Mean anchor ratio r_a of policy tokens with a negative advantage."),
     ("apo/r_anchor_p95", "", "95th percentile of the anchor ratio r_a."),
     ("apo/dead_frac", "share", "Policy tokens with a negative advantage whose gradient vanishes, r < 1 - eps."),
     ("apo/skipped_frac", "share", "Policy tokens with a negative advantage without a usable anchor set."),
+    ("offline/weight/{which}", "", "Weight exp(mean log pi) of an answer under the policy, correct or incorrect ones."),
+    ("offline/future_weight/{which}", "", "The same weight under the future policy of FPA."),
+    ("offline/future_ratio/{which}", "", "Future weight over the policy's own."),
+    ("offline/small_weight_frac/{which}", "share", "Answers whose future weight is below .2."),
+    ("offline/holdout_loss", "", "-J on the held-out prompts, without gradient: what early stopping looks at."),
+    ("offline/prompts/{which}", "prompts", "Prompts with cached answers: trained, held out, or left out and why."),
     # What was trained
     ("train/tokens", "tokens", "Trained tokens, prompts left out."),
     ("train/teacher_tokens", "tokens", "Trained tokens that a teacher wrote."),
+    ("train/offline_frac", "share", "Samples that a teacher wrote or a cache supplied, over all samples of the step."),
     ("train/prompts", "prompts", "Groups in the step."),
     ("train/samples", "answers", "Answers in the step, teachers included."),
     ("train/updates", "updates", "Optimizer updates in the step."),
     ("train/skipped", "updates", "Optimizer updates skipped because loss or gradient was not finite."),
+    (
+        "train/skipped_norm",
+        "updates",
+        "Optimizer updates skipped because their gradient norm was above skip_grad_norm.",
+    ),
     ("train/micro_batches", "", "Micro-batches per rank, dummies included."),
     ("train/padding_frac", "share", "Padding among the tokens that the learner computed."),
     ("train/epoch", "epochs", "Epoch of the newest prompt."),
@@ -214,6 +256,7 @@ class Writer:
             _discard(path, purge_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+        self._held_s = 0.0  # by the evaluation or checkpoint of the row before
 
     def write(self, step: int, values: Mapping[str, float | None]) -> dict[str, Any]:
         """Appends the row {step, time, bottleneck, advice, metrics...} and returns it.
@@ -225,7 +268,8 @@ class Writer:
             lookup(name)
         numbers = {name: float(value) for name, value in values.items() if value is not None}
         row: dict[str, Any] = {"step": int(step), "time": time.time()}
-        verdict = bottleneck(numbers)
+        verdict = bottleneck(numbers, self._held_s)
+        self._held_s = numbers.get("time/eval_s", 0.0) + numbers.get("time/checkpoint_s", 0.0)
         if verdict.component:
             row |= {"bottleneck": verdict.component, "advice": verdict.advice}
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -301,80 +345,3 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     points = {row["step"]: float(row[name]) for row in rows if isinstance(row.get(name), (int, float))}
     steps = sorted(points)
     return steps, [points[s] for s in steps]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What limits a step
-
-
-class Bottleneck(NamedTuple):
-    """component: generator | verifier | learner | sync | staleness, "" when nothing was timed. advice: one sentence."""
-
-    component: str
-    advice: str
-
-
-# Both sides idle for at least this share of a step: neither is slow, they take turns.
-_TURNS_SHARE = 0.15
-
-
-def bottleneck(timings: Mapping[str, float]) -> Bottleneck:
-    """Decides from a step's ``time/*`` metrics what limits it. Missing times count as 0; evaluation and checkpoints
-    never limit, since they are asked for. The largest of the learner's four states decides:
-
-    learning -> learner; publishing -> sync; waiting for late groups -> staleness; waiting for a batch -> generator, or
-    verifier when groups spend longer there, or staleness when the generators waited for weights in the same step (then
-    the two sides take turns, which only a larger bound can change).
-    """
-
-    def seconds(name: str) -> float:
-        value = timings.get(f"time/{name}_s")
-        return value if value is not None and math.isfinite(value) and value > 0 else 0.0
-
-    states = {name: seconds(name) for name in ("learn", "wait_for_batch", "wait_for_stale", "sync")}
-    total = max(seconds("step"), sum(states.values()))
-    if not any(states.values()):
-        return Bottleneck("", "no stage was timed in this step.")
-    state = max(states, key=lambda name: states[name])
-    share = states[state] / total
-    held = min(seconds("wait_for_weights") / total, 1.0)
-    if state == "wait_for_batch":
-        return _batch_is_late(share, held, seconds("verify"), seconds("generate"))
-    if state == "learn":
-        waited = f" while generators waited for weights {held:.0%} of it" if held > 0.05 else ""
-        return Bottleneck(
-            "learner",
-            f"learner: it computed {share:.0%} of the step{waited}; add ranks (learner.ranks) "
-            "or raise learner.micro_batch_tokens.",
-        )
-    if state == "sync":
-        return Bottleneck(
-            "sync",
-            f"sync: handing out weights took {share:.0%} of the step; train more per step (train.batch_prompts) "
-            "or raise weights.bucket_bytes.",
-        )
-    return Bottleneck(
-        "staleness",
-        f"staleness: the learner waited {share:.0%} of the step for groups about to grow too old; raise max_staleness, "
-        "or lower staleness.late_deadline_s or sampling.max_tokens.",
-    )
-
-
-def _batch_is_late(share: float, held: float, verify_s: float, generate_s: float) -> Bottleneck:
-    if verify_s > generate_s > 0:
-        return Bottleneck(
-            "verifier",
-            f"verifier: the learner waited {share:.0%} of the step for a batch, and groups spent {verify_s:.1f} s in "
-            f"verification against {generate_s:.1f} s in generation; raise verifier.workers or verifier.count.",
-        )
-    if min(share, held) >= _TURNS_SHARE:
-        return Bottleneck(
-            "staleness",
-            f"staleness: generators and learner take turns (the learner waited {share:.0%} of the step for rollouts, "
-            f"generators {held:.0%} for weights); raise max_staleness so that they overlap.",
-        )
-    return Bottleneck(
-        "generator",
-        f"generator: the learner waited {share:.0%} of the step for rollouts; add generators (generator.count) "
-        "or raise generator.max_concurrent.",
-    )

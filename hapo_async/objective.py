@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hapo_async import diagnostics, reduction, staleness, upge
 from hapo_async.reduction import Normaliser
-from hapo_async.upge import Contribution, Mean, Options, TokenBatch, Tokens, log_ratio, wide
+from hapo_async.upge import Contribution, Mean, Options, TokenBatch, Tokens, log_ratio
 
 if TYPE_CHECKING:
     from hapo_async.algorithms.base import Algorithm
@@ -165,7 +165,5 @@ def _with_entropy(t: Tokens, made: Contribution, options: Options) -> Contributi
     coefficient = options["entropy_coef"]
     if coefficient == 0:
         return made
-    if t.batch.entropy is None:
-        raise ValueError(f"entropy_coef={coefficient} needs entropy [N], with its gradient")
-    bonus = coefficient * torch.where(t.selected, wide(t.batch.entropy), 0.0)
+    bonus = coefficient * t.safe("entropy", "the entropy bonus")
     return made._replace(value=made.value + bonus.detach(), surrogate=made.surrogate + bonus)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hapo_async.batch import Layout, MicroBatch
 from hapo_async.config import Config
-from hapo_async.head import ChunkedHead, HeadOut
+from hapo_async.critic import ValueHead
+from hapo_async.head import ChunkedHead
 
 
 class PolicyModel(nn.Module):
-    """A Hugging Face causal LM that scores trained tokens only. ``model`` keeps its Hugging Face parameter names."""
+    """A Hugging Face causal LM that scores trained tokens only. ``model`` keeps its Hugging Face parameter names.
 
-    def __init__(self, model: Any, chunk_tokens: int) -> None:
+    value_head: a critic on the same trunk, or None. It is no part of ``model``: it is neither published nor saved with
+    it. hidden_grad_squares [N]: after a backward pass, the squared norm of the gradient at each trained token's last
+    hidden state.
+    """
+
+    def __init__(self, model: Any, chunk_tokens: int, with_value: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.head = ChunkedHead(model.get_output_embeddings(), chunk_tokens)
+        projection = model.get_output_embeddings()
+        self.head = ChunkedHead(projection, chunk_tokens)
+        self.value_head = ValueHead(projection.in_features, projection.weight.dtype) if with_value else None
+        self.hidden_grad_squares: torch.Tensor | None = None
 
     def hidden(self, micro: MicroBatch) -> torch.Tensor:
         """[N, H]: the states that predict the trained tokens."""
@@ -39,27 +48,60 @@ class PolicyModel(nn.Module):
     def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         """[N, C]: scores of the N trained tokens, side by side; ``split`` takes them apart again.
 
-        ``wanted`` is what ``hapo_async.head`` is to return besides log-probs. One output, because ZeRO-3 hooks every
-        output tensor: were one of several not part of the loss on some rank (no token with a negative advantage, a
-        dummy), that rank's backward would gather in another order than the others', and all would wait for ever.
+        ``wanted`` is what ``hapo_async.head`` is to return besides log-probs. The critic's values come always where
+        there is a value head: a parameter that took part in some passes only would keep an old gradient under ZeRO-3.
+        One output, because ZeRO-3 hooks every output tensor: were one of several not part of the loss on some rank (no
+        token with a negative advantage, a dummy), that rank's backward would gather in another order than the others',
+        and all would wait for ever.
         """
-        out = self.head(self.hidden(micro), micro.targets, temperature=micro.temperature, **wanted)
-        columns = [out.logp[:, None]]
-        if out.entropy is not None:
-            columns.append(out.entropy[:, None])
-        if out.topk_logp is not None:
-            columns.append(out.topk_logp)
-        return torch.cat(columns, 1)
+        hidden = self.hidden(micro)
+        if hidden.requires_grad:
+            hidden.register_hook(self._keep_squares)
+        out = self.head(hidden, micro.targets, temperature=micro.temperature, **wanted)
+        columns = [out.logp, out.entropy, out.topk_logp, out.ref_kl, out.future_logp]
+        if self.value_head is not None:
+            columns.append(self.value_head(hidden))
+        return torch.cat([c if c.ndim == 2 else c[:, None] for c in columns if c is not None], 1)
+
+    def _keep_squares(self, grad: torch.Tensor) -> None:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        self.hidden_grad_squares = torch.linalg.vector_norm(grad.detach(), dim=-1, dtype=wide).square()
 
 
-def split(scores: torch.Tensor, entropy: bool, entropy_grad: bool, topk: bool) -> HeadOut:
-    """The columns of ``PolicyModel.forward`` by name."""
-    kept = scores if entropy_grad else scores.detach()
-    return HeadOut(
-        logp=scores[:, 0],
-        entropy=kept[:, 1] if entropy else None,
-        topk_logp=scores[:, 2 if entropy else 1 :] if topk else None,
-    )
+class Scores(NamedTuple):
+    """What ``PolicyModel.forward`` says of N tokens. entropy, future_logp: without gradient unless asked for. None
+    where not asked for (value: where there is no critic)."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+    topk_logp: torch.Tensor | None = None
+    ref_kl: torch.Tensor | None = None
+    future_logp: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+
+def split(columns: torch.Tensor, with_value: bool = False, **wanted: Any) -> Scores:
+    """The columns of ``PolicyModel.forward``, which was called with ``wanted``, by name."""
+    entropy_grad = bool(wanted.get("entropy_grad"))
+    ids = wanted.get("topk_ids")
+    widths = {
+        "logp": 1,
+        "entropy": int(entropy_grad or bool(wanted.get("entropy"))),
+        "topk_logp": 0 if ids is None else ids.shape[-1],
+        "ref_kl": int(bool(wanted.get("forward_kl"))),
+        "future_logp": int(wanted.get("future_lam") is not None),
+        "value": int(with_value),
+    }
+    parts = dict(zip(widths, columns.split(list(widths.values()), 1), strict=True))
+    named = {
+        name: part if name == "topk_logp" else part[:, 0]
+        for name, part in parts.items()
+        if widths[name] or (name == "topk_logp" and ids is not None)
+    }
+    for name in ("future_logp",) if entropy_grad else ("future_logp", "entropy"):
+        if name in named:
+            named[name] = named[name].detach()
+    return Scores(**named)
 
 
 def layout_for(device: str) -> tuple[Layout, str]:
@@ -72,8 +114,10 @@ def layout_for(device: str) -> tuple[Layout, str]:
     return "padded", "sdpa"
 
 
-def load_policy(model_path: str, config: Config, *, dtype: torch.dtype, device: str | None) -> PolicyModel:
-    """Loads a policy for training. ``device`` None leaves placement to DeepSpeed."""
+def load_policy(
+    model_path: str, config: Config, *, dtype: torch.dtype, device: str | None, with_value: bool = False
+) -> PolicyModel:
+    """Loads a policy for training, with a critic if asked. ``device`` None leaves placement to DeepSpeed."""
     from transformers import AutoModelForCausalLM
 
     _, attention = layout_for("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +129,7 @@ def load_policy(model_path: str, config: Config, *, dtype: torch.dtype, device: 
         # The re-entrant form: ZeRO-3 has released a layer's parameters by the time that the other form checks shapes.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         model.enable_input_require_grads()
-    policy = PolicyModel(model, config.learner.head_chunk_tokens).train()
+    policy = PolicyModel(model, config.learner.head_chunk_tokens, with_value).train()
     return policy.to(device) if device is not None else policy
 
 

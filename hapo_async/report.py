@@ -1,13 +1,14 @@
 """The report of a run: one self-contained HTML file from what the run folder holds.
 
-It reads ``config.yaml``, ``metrics.jsonl`` and ``rollouts/``, each of which may be missing or cut short by a crash, and
-draws what there is: a section without data says why or is left out. Nothing is fetched when the page is opened.
+It reads ``config.yaml``, ``metrics.jsonl``, ``evals/`` and ``rollouts/``, each of which may be missing or cut short by a
+crash, and draws what there is: a section without data says why or is left out. Nothing is fetched when the page is
+opened. What is drawn is decided in ``panels`` and ``questions``; here are the head of the page and its tables.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,55 +19,16 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from hapo_async import metrics
-from hapo_async.charts import LARGE, SMALL, Line, format_value, line_chart, sparkline, stack_chart
+from hapo_async import metrics, panels, questions, samples, verdicts
+from hapo_async.bottleneck import bottleneck
+from hapo_async.charts import SMALL, Line, format_value, line_chart, sparkline
 from hapo_async.errors import UserError
-from hapo_async.samples import pick as pick_samples
+from hapo_async.panels import STAGES, Panel, Section, recorded
 
 Rows = Sequence[dict[str, Any]]
 
 REPORT_FILE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
-
-# What the learner's time is made of, from the bottom of the stack up: (time/<name>_s, label, colour).
-_STAGES = (
-    ("learn", "learning", 0),
-    ("wait_for_batch", "waiting for a batch", 2),
-    ("wait_for_stale", "waiting for late groups", 3),
-    ("sync", "weight sync", 1),
-    ("eval", "evaluation", 4),
-    ("checkpoint", "checkpoint", 5),
-)
-
-# Small charts: (title, metric, lower end of the y axis or None).
-_DETAILS = (
-    ("Entropy of the policy", "policy/entropy", 0.0),
-    ("Gradient norm", "policy/grad_norm", 0.0),
-    ("Clipped tokens", "policy/clip_frac", 0.0),
-    ("Behaviour mismatch (KL)", "policy/mismatch_kl", 0.0),
-    ("Effective sample size", "policy/ess", None),
-    ("Learning rate", "policy/lr", 0.0),
-    ("Loss value, -J", "loss/value", None),
-    ("Answer length", "response/length_mean", None),
-    ("Answers cut at the token limit", "response/truncated_frac", 0.0),
-    ("Groups without variance", "groups/zero_variance_frac", 0.0),
-    ("Answers across weight versions", "response/multi_version_frac", 0.0),
-    ("Buffer fill", "buffer/fill", 0.0),
-    ("Sampling pause per update", "weights/pause_s", 0.0),
-    ("APO anchor ratio, p95", "apo/r_anchor_p95", None),
-    ("APO dead tokens", "apo/dead_frac", 0.0),
-    ("Model FLOPs utilisation", "perf/mfu", 0.0),
-)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart with its heading. ``legend``: (label, colour). Without ``svg``, ``note`` says why there is nothing."""
-
-    title: str
-    svg: Markup | str = ""
-    legend: Sequence[tuple[str, int]] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,22 +60,43 @@ def render(folder: Path) -> str:
     """The report as HTML text."""
     config, config_text = _read_config(folder)
     rows = metrics.read(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    limits = _limits(rows)
-    return environment.get_template("report.html.j2").render(
+    status = _read_status(folder)
+    return page(
+        "report.html.j2",
         name=folder.resolve().name,
         facts=_facts(rows, config),
-        state=_state(rows, config, _read_status(folder)),
-        tiles=_tiles(rows, config),
-        limits=limits,
-        panels=_panels(rows, config),
-        details=[p for title, name, floor in _DETAILS if (p := _detail(rows, title, name, floor))],
-        samples=pick_samples(folder / "rollouts"),
+        state=_state(rows, config, str(status.get("state", ""))),
+        tiles=_tiles(rows, config, status),
+        limits=_limits(rows),
+        sections=_sections(rows, config, folder),
+        samples=samples.pick(folder / "rollouts"),
         glossary=_glossary(rows),
         config_text=config_text,
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page of ``templates/``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _sections(rows: Rows, config: dict[str, Any], folder: Path) -> list[Section]:
+    out = [panels.training(rows, _get(config, "max_staleness"))]
+    if gate := panels.gate(rows, _get(config, "gate.gamma")):
+        out.append(gate)
+    out += questions.sections(verdicts.read(folder))
+    themes = panels.themes(rows)
+    steps, values = samples.distinctness(folder / "rollouts")
+    if len(values) > 1:
+        lines = [Line("1 - Self-BLEU", steps, values, points=True)]
+        svg = Markup(line_chart(lines, "share", 0.0, size=SMALL))  # noqa: S704 - drawn here from numbers
+        panel = Panel("Diversity of a group's answers", svg, [("1 - Self-BLEU of kept rollouts", 0)])
+        if themes and themes[0].title == panels.THEMES[0][0]:
+            themes[0] = Section(themes[0].title, [*themes[0].panels, panel], small=True)
+    return out + themes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,13 +143,13 @@ def _last_step(rows: Rows) -> int:
     return max((row["step"] for row in rows), default=0)
 
 
-def _read_status(folder: Path) -> str:
-    """What the driver last said of the run: running | done | stopped | failed, "" when it said nothing."""
+def _read_status(folder: Path) -> dict[str, Any]:
+    """What the driver last said of the run; {} when it said nothing."""
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return str(status.get("state", "")) if isinstance(status, dict) else ""
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def _state(rows: Rows, config: dict[str, Any], status: str) -> tuple[str, str]:
@@ -182,13 +165,13 @@ def _state(rows: Rows, config: dict[str, Any], status: str) -> tuple[str, str]:
     return "done", f"{of}, complete"
 
 
-def _tiles(rows: Rows, config: dict[str, Any]) -> list[Tile]:
+def _tiles(rows: Rows, config: dict[str, Any], status: dict[str, Any]) -> list[Tile]:
     tiles = [*_accuracy_tiles(rows)]
     _, reward = metrics.series(rows, "reward/mean")
     if reward and not tiles:
         tiles.append(Tile("Reward", _tenth(reward[-10:]), _tenth(reward[:10]), "mean of the first and last ten steps"))
     if steps := _last_step(rows):
-        tiles.append(Tile("Wall time", _duration(_wall_s(rows)), note=_plural(steps, "learner step")))
+        tiles.append(Tile("Wall time", _duration(_wall_s(rows, status)), note=_plural(steps, "learner step")))
     _, injected = metrics.series(rows, "gate/injected")
     if any(injected):
         ends = _mean(injected[:5]), _mean(injected[-5:])
@@ -200,7 +183,7 @@ def _tiles(rows: Rows, config: dict[str, Any]) -> list[Tile]:
         ("Learning", "throughput/learn_tokens_per_s"),
     ):
         _, values = metrics.series(rows, name)
-        if values:
+        if any(values):
             tiles.append(Tile(label, format_value(_mean(values)), note="tokens per second"))
     _, oldest = metrics.series(rows, "staleness/max")
     if oldest:
@@ -213,7 +196,7 @@ def _tiles(rows: Rows, config: dict[str, Any]) -> list[Tile]:
 
 def _accuracy_tiles(rows: Rows) -> list[Tile]:
     tiles = []
-    for name in _recorded(rows, r"eval/[^/]+/pass@1"):
+    for name in recorded(rows, r"eval/[^/]+/pass@1"):
         steps, values = metrics.series(rows, name)
         _, errors = metrics.series(rows, f"{name}/se")
         label = f"Held-out accuracy, {name.split('/')[1]}"
@@ -233,12 +216,12 @@ def _limits(rows: Rows) -> dict[str, Any]:
         return {}
     names = {name for row in timed for name in row if name.startswith("time/")}
     mean = {name: _mean([float(row.get(name) or 0) for row in timed]) for name in names}
-    verdict = metrics.bottleneck(mean)
+    verdict = bottleneck(mean)
     if not verdict.component:
         return {}
     counts = Counter(row["bottleneck"] for row in timed if isinstance(row.get("bottleneck"), str))
-    total = max(mean["time/step_s"], sum(mean.get(f"time/{name}_s", 0) for name, _, _ in _STAGES))
-    shares = [(label, color, mean.get(f"time/{name}_s", 0) / total) for name, label, color in _STAGES]
+    total = max(mean["time/step_s"], sum(mean.get(f"time/{name}_s", 0) for name, _, _ in STAGES))
+    shares = [(label, color, mean.get(f"time/{name}_s", 0) / total) for name, label, color in STAGES]
     shares.append(("other", 6, max(1 - sum(share for *_, share in shares), 0)))
     component, _, advice = verdict.advice.partition(": ")
     return {
@@ -250,124 +233,15 @@ def _limits(rows: Rows) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Charts
-
-
-def _panels(rows: Rows, config: dict[str, Any]) -> list[Panel]:
-    bound = _get(config, "max_staleness")
-    limit = (float(bound), f"max_staleness = {bound}") if isinstance(bound, int) else None
-    return [
-        _curves(rows, "Reward", [("reward/mean", "mean reward of the sampled answers", 0)], floor=0.0, smooth=True),
-        _accuracy(rows),
-        _gate(rows),
-        _curves(
-            rows,
-            "Staleness",
-            [("staleness/max", "oldest token", 3), ("staleness/mean", "mean", 0)],
-            floor=0.0,
-            limit=limit,
-        ),
-        _curves(
-            rows,
-            "Throughput, tokens per second",
-            [("throughput/generate_tokens_per_s", "sampling", 0), ("throughput/learn_tokens_per_s", "learning", 1)],
-            floor=0.0,
-            smooth=True,
-        ),
-        _stages(rows),
-    ]
-
-
-def _curves(
-    rows: Rows,
-    title: str,
-    wanted: Sequence[tuple[str, str, int]],
-    floor: float | None = None,
-    ceiling: float | None = None,
-    smooth: bool = False,
-    limit: tuple[float, str] | None = None,
-    size: tuple[int, int] = LARGE,
-) -> Panel:
-    """A panel of the metrics (name, label, colour) that were recorded."""
-    lines = []
-    for name, label, color in wanted:
-        steps, values = metrics.series(rows, name)
-        if values:
-            lines.append(Line(label, steps, values, color, smooth=smooth, dots=name == "staleness/max"))
-    if not lines:
-        return Panel(title, note=f"Nothing recorded: no row holds {' or '.join(name for name, _, _ in wanted)}.")
-    unit = metrics.lookup(wanted[0][0]).unit
-    svg = Markup(line_chart(lines, unit, floor, ceiling, limit, size))  # noqa: S704 - drawn here from numbers, labels escaped
-    return Panel(title, svg, [(line.label, line.color) for line in lines])
-
-
-def _accuracy(rows: Rows) -> Panel:
-    title = "Held-out accuracy"
-    lines = []
-    for color, name in enumerate(_recorded(rows, r"eval/[^/]+/pass@1")[:5]):
-        steps, values = metrics.series(rows, name)
-        _, errors = metrics.series(rows, f"{name}/se")
-        band = errors if len(errors) == len(values) else ()
-        label = f"{name.split('/')[1]} pass@1" + (" ± standard error" if band else "")
-        lines.append(Line(label, steps, values, (1, 0, 2, 3, 4)[color], band, points=True))
-        for other in _recorded(rows, re.escape(name.removesuffix("1")) + r"\d+"):
-            if other != name:
-                other_steps, other_values = metrics.series(rows, other)
-                label = f"{name.split('/')[1]} {other.rsplit('/', 1)[1]}"
-                lines.append(Line(label, other_steps, other_values, 4, points=True, dashed=True))
-    if not lines:
-        return Panel(title, note="No evaluation recorded: data.eval names no held-out set, or none was reached.")
-    svg = Markup(line_chart(lines, "share", floor=0.0, ceiling=1.0))  # noqa: S704 - see _curves
-    return Panel(title, svg, [(line.label, line.color) for line in lines])
-
-
-def _gate(rows: Rows) -> Panel:
-    wanted = [("gate/injected_frac", "groups with an injected teacher", 2), ("gate/confidence", "mean confidence", 4)]
-    derived = [
-        {**row, "gate/injected_frac": row["gate/injected"] / row["train/prompts"]}
-        if row.get("gate/injected") is not None and row.get("train/prompts") and "gate/injected_frac" not in row
-        else row
-        for row in rows
-    ]
-    title = "Injected teachers and confidence"
-    if not any(row.get(name) is not None for row in derived for name, _, _ in wanted):
-        return Panel(title, note="The gate recorded nothing: this algorithm injects no teacher.")
-    return _curves(derived, title, wanted, floor=0.0, ceiling=1.0, smooth=True)
-
-
-def _stages(rows: Rows) -> Panel:
-    title = "Where the time of a step goes, in seconds"
-    timed = {row["step"]: row for row in rows if row.get("time/step_s")}
-    if not timed:
-        return Panel(title, note="No step was timed.")
-    steps = sorted(timed)
-    layers = [
-        (label, [float(timed[s].get(f"time/{name}_s") or 0) for s in steps], color) for name, label, color in _STAGES
-    ]
-    rest = [max(timed[s]["time/step_s"] - sum(values[i] for _, values, _ in layers), 0) for i, s in enumerate(steps)]
-    least = 0.003 * sum(float(timed[s]["time/step_s"]) for s in steps)
-    layers = [layer for layer in [*layers, ("other", rest, 6)] if sum(layer[1]) > least]
-    svg = Markup(stack_chart(steps, layers))  # noqa: S704 - see _curves
-    return Panel(title, svg, [(label, color) for label, _, color in layers])
-
-
-def _detail(rows: Rows, title: str, name: str, floor: float | None) -> Panel | None:
-    _, values = metrics.series(rows, name)
-    if not values or (floor == 0.0 and not any(values)):
-        return None
-    return _curves(rows, title, [(name, name, 0)], floor, smooth=True, size=SMALL)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
 def _glossary(rows: Rows) -> list[dict[str, Any]]:
     """Every recorded metric with its declaration, ends and a sparkline, then the declared ones not recorded."""
-    recorded = _recorded(rows, r".*")
+    names = recorded(rows, r".*")
     order = {name: i for i, name in enumerate(metrics.REGISTRY)}
     out = []
-    for name in sorted(recorded, key=lambda n: (order[metrics.lookup(n).name], n)):
+    for name in sorted(names, key=lambda n: (order[metrics.lookup(n).name], n)):
         declared = metrics.lookup(name)
         _, values = metrics.series(rows, name)
         first, last = format_value(values[0], declared.unit), format_value(values[-1], declared.unit)
@@ -382,7 +256,7 @@ def _glossary(rows: Rows) -> list[dict[str, Any]]:
                 "last": last,
             }
         )
-    covered = {metrics.lookup(name).name for name in recorded}
+    covered = {metrics.lookup(name).name for name in names}
     out += [
         {"name": m.name, "unit": m.unit, "meaning": m.meaning, "spark": "", "first": "", "last": ""}
         for m in metrics.REGISTRY.values()
@@ -391,14 +265,15 @@ def _glossary(rows: Rows) -> list[dict[str, Any]]:
     return out
 
 
-def _recorded(rows: Rows, pattern: str) -> list[str]:
-    """Declared metric names matching ``pattern`` that hold a number in some row, in order of appearance."""
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float)))
-    return [name for name in names if re.fullmatch(pattern, name) and metrics.find(name)]
-
-
-def _wall_s(rows: Rows) -> float:
-    """Seconds from the first to the last row; gaps between the sittings of a resumed run are not told apart."""
+def _wall_s(rows: Rows, status: dict[str, Any]) -> float:
+    """Seconds since the run was started, the time between its sittings left out. Folders without ``time/run_s`` give what
+    lies between their first and last rows."""
+    clocks = [float(row["time/run_s"]) for row in rows if isinstance(row.get("time/run_s"), (int, float))]
+    if clocks:
+        ended = status.get("seconds")  # the sitting went on after its last row: the final checkpoint
+        if isinstance(ended, (int, float)) and ended > clocks[-1]:
+            clocks.append(float(ended))
+        return sum(a for a, b in itertools.pairwise(clocks) if b < a) + clocks[-1]
     times = [float(row["time"]) for row in rows if isinstance(row.get("time"), (int, float))]
     if not times:
         return 0.0

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hapo_async import verdicts
 from hapo_async.inject import TrainGroup
 from hapo_async.types import GatedGroup, Group, Source
 
@@ -31,7 +32,9 @@ class RolloutWriter:
 
 
 def discard(run_dir: Path, purge_step: int) -> None:
-    """Moves the rollouts of ``purge_step`` and later, which a resume will make anew, to ``discarded/rollouts/``."""
+    """Moves the rollouts and the evaluations' verdicts of ``purge_step`` and later, which a resume will make anew, to
+    ``discarded/``."""
+    verdicts.discard(run_dir, purge_step)
     gone = [f for f in (run_dir / "rollouts").glob("step-*.jsonl") if int(f.stem.removeprefix("step-")) >= purge_step]
     for file in gone:
         target = run_dir / "discarded" / "rollouts" / file.name
@@ -87,6 +90,8 @@ def describe(gated: GatedGroup, group: Group, train: TrainGroup, step: int) -> d
             "successes": gate.successes,
             "judged": gate.judged,
             "confidence": gate.confidence,
+            "threshold": gate.threshold,
+            "draw": gate.draw,
             "replaced": gate.replaced,
             "teacher": gate.teacher,
             "reason": gate.reason,
@@ -96,4 +101,6 @@ def describe(gated: GatedGroup, group: Group, train: TrainGroup, step: int) -> d
 
 def train_replaced(gated: GatedGroup, train: TrainGroup, index: int) -> bool:
     """True for a sampled answer that does not train because a teacher took its place."""
-    return all(not (row.source is Source.POLICY and row.index == index) for row in train.rows)
+    return train.teacher is not None and all(
+        not (row.source is Source.POLICY and row.index == index) for row in train.rows
+    )

@@ -7,11 +7,14 @@ and fields that are missing are shown as missing.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hapo_async import diversity
 
 _LINES_READ = 16  # groups looked at per place, from which the most telling are shown
 _TEXT_SHOWN = 900  # characters of one text; the rest is counted
@@ -61,6 +64,27 @@ def pick(folder: Path, per_place: int = 2) -> list[SampleGroup]:
             seen.add(_key(group))
             out.append(_shown(group, place))
     return sorted(out, key=lambda group: group.step)
+
+
+def distinctness(folder: Path, files: int = 24, groups: int = 4) -> tuple[list[float], list[float]]:
+    """(steps, 1 - Self-BLEU of the sampled answers of a group, mean over the first groups kept) for at most ``files``
+    steps, evenly spread."""
+    found = sorted(folder.glob("step-*.jsonl"), key=_natural) if folder.is_dir() else []
+    chosen = (
+        [found[round(i * (len(found) - 1) / max(1, files - 1))] for i in range(files)] if len(found) > files else found
+    )
+    steps, values = [], []
+    for path in chosen:
+        with path.open("rb") as file:
+            kept = _parsed([file.readline() for _ in range(groups)])
+        texts = [
+            [str(a.get("text", "")) for a in g["answers"] if isinstance(a, dict) and not _is_teacher(a)] for g in kept
+        ]
+        value = diversity.distinctness(texts)
+        if kept and isinstance(kept[0].get("step"), int) and math.isfinite(value):
+            steps.append(float(kept[0]["step"]))
+            values.append(value)
+    return steps, values
 
 
 def _natural(path: Path) -> list[Any]:

@@ -170,7 +170,8 @@ class Tokens(NamedTuple):
     batch: TokenBatch
 
     def safe(self, name: str, why: str) -> Tensor:
-        """A field of the batch [N] in the dtype of logp, 0 where not selected. Raises ValueError, saying ``why``, when missing."""
+        """A field of the batch [N] in logp's dtype, 0 where not selected. Raises ValueError, saying ``why``, when
+        missing."""
         value = getattr(self.batch, name)
         if value is None:
             raise ValueError(f"{name} [N] is needed: {why}")

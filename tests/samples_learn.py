@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hapo_async import advantage as advantages
 from hapo_async import algorithms, batch, gate, inject, toy
+from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
 from hapo_async.inject import TrainGroup
-from hapo_async.learn import Learner, merge
+from hapo_async.learn import Learner
+from hapo_async.tally import merge
 from hapo_async.types import (
     Answer,
     GatedGroup,
@@ -49,7 +54,7 @@ def tasks(count: int, answers: int, seed: int, vocab: int = 100) -> list[Task]:
     return out
 
 
-def random_model(folder: Path) -> str:
+def random_model(folder: Path, seed: int = 0) -> str:
     """A random model of the shipped one's shape, with its tokenizer, in ``folder``.
 
     Its gradients are well-conditioned in fp32 (a trained model's cancel: there even two plain loops in fp32 differ by
@@ -58,12 +63,18 @@ def random_model(folder: Path) -> str:
     shutil.copytree(toy.MODEL_DIR, folder, dirs_exist_ok=True)
     settings = AutoConfig.from_pretrained(folder)
     settings.initializer_range = 0.02
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folder)
     return str(folder)
 
 
-def config(model: str = "", algorithm: str = "grpo", zero: dict[str, Any] | None = None, **learner: Any) -> Config:
+def config(
+    model: str = "",
+    algorithm: str = "grpo",
+    zero: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **learner: Any,
+) -> Config:
     """A small fp32 learner whose Adam epsilon does not amplify rounding. ``zero``: DeepSpeed's zero_optimization."""
     settings = {"lr": 1e-3, "eps": 1e-4, "lr_schedule": "cosine", "mini_batches": 2, "deadline_s": 60}
     settings |= {"micro_batch_tokens": 300, **learner}
@@ -71,6 +82,7 @@ def config(model: str = "", algorithm: str = "grpo", zero: dict[str, Any] | None
         {
             "model": model,
             "algorithm": algorithm,
+            "options": options or {},
             "max_staleness": 0,
             "sampling": {"n": 4},
             "train": {"batch_prompts": 8, "steps": 10},
@@ -85,15 +97,36 @@ def groups(
 ) -> list[TrainGroup]:
     """The tasks as the driver would hand them to the learner; ``store`` makes the payload's reference."""
     algorithm = algorithms.get(config.algorithm)
-    options = algorithm.resolve(dict(config.options))
+    options = algorithm.resolve(dict(config.options), config)
     out = []
     for i, task in enumerate(chosen):
-        gated = _gated(task, GroupKey(0, f"t{i}", 0), config, algorithm.uses_gate, version, store)
-        over = config.gate.advantage_group
-        train = inject.compose(algorithm.composition, gated, algorithm.advantage, advantage_group=over, options=options)
-        assert train is not None
-        out.append(train)
-    return out
+        gated = _gated(task, GroupKey(0, f"t{i}", 0), config, algorithm, version, store)
+        train = inject.compose(
+            algorithm.composition,
+            gated,
+            algorithm.advantage_for(options),
+            options=options,
+            keep=algorithm.keep,
+            advantage_group=config.gate.advantage_group,
+            step=version.step,
+        )
+        if train is not None:
+            out.append(replace(train, logp_ref=cached_scores(task) if algorithm.offline else None))
+    whole_batch = advantages.of(algorithm.advantage_for(options)).whole_batch
+    return advantages.whiten_batch(out) if whole_batch else out
+
+
+def cached_scores(task: Task) -> tuple[np.ndarray, ...]:
+    """Made-up log-probs of the reference, by answer."""
+    rng = np.random.default_rng(len(task.prompt))
+    return tuple((-4.6 + 0.3 * rng.standard_normal(len(ids))).astype(np.float32) for ids in task.answers)
+
+
+def plans(chosen: list[TrainGroup], config: Config, version: Version) -> list[batch.StepPlan]:
+    """One plan per learner rank."""
+    options = algorithms.get(config.algorithm).resolve(dict(config.options), config)
+    c = config.learner
+    return batch.plan_step(chosen, c.ranks, c.mini_batches, version, pairs=options.get("pairs"))
 
 
 def train_alone(learner: Learner, steps: list[list[Task]]) -> list[dict[str, float]]:
@@ -101,9 +134,7 @@ def train_alone(learner: Learner, steps: list[list[Task]]) -> list[dict[str, flo
     out = []
     for i, chosen in enumerate(steps):
         version = Version(0, i)
-        (plan,) = batch.plan_step(
-            groups(chosen, learner.config, version), 1, learner.config.learner.mini_batches, version
-        )
+        (plan,) = plans(groups(chosen, learner.config, version), learner.config, version)
         out.append(merge([learner.step(plan, sequences(plan))]))
     return out
 
@@ -117,27 +148,34 @@ def sequences(plan: batch.StepPlan) -> list[list[inject.Sequence]]:
 
 
 def _gated(
-    task: Task, key: GroupKey, config: Config, uses_gate: bool, version: Version, store: Callable[[Group], Any]
+    task: Task, key: GroupKey, config: Config, algorithm: Algorithm, version: Version, store: Callable[[Group], Any]
 ) -> GatedGroup:
     prompt_tokens = np.array(task.prompt, np.int32)
     answers = []
     for j, ids in enumerate(task.answers):
         logp = np.full(len(ids), -3.0, np.float32)
-        segment = Segment(Source.POLICY, np.array(ids, np.int32), logp, (VersionSpan(version, 0, len(ids)),))
+        written = Version(-1, -1) if algorithm.offline else version
+        segment = Segment(Source.POLICY, np.array(ids, np.int32), logp, (VersionSpan(written, 0, len(ids)),))
         answers.append(Answer(j, (segment,), "stop"))
     group = Group(key, prompt_tokens, tuple(answers), config.sampling.temperature, "g0", 1)
     teachers = () if task.teacher is None else (Teacher("", np.array(task.teacher, np.int32)),)
     sampling = Sampling(n=len(answers), max_tokens=64, temperature=config.sampling.temperature)
     prompt = Prompt(key.uid, (), prompt_tokens, None, teachers=teachers, sampling=sampling)
-    judgements = tuple(Judgement(Verdict.CORRECT if r == 1 else Verdict.WRONG, r) for r in task.rewards)
+    judgements = tuple(_judgement(r) for r in task.rewards)
     header = GroupHeader.of(group, 0.0)
-    mode = {} if uses_gate else {"mode": "never"}
+    mode = {} if algorithm.uses_gate else {"mode": "never"}
     decision = gate.decide(
-        task.rewards,
-        [True] * len(task.rewards),
+        np.nan_to_num(task.rewards),
+        ~np.isnan(task.rewards),
         teachers,
         header.lengths,
         [version.step] * len(answers),
         config=config.gate.model_copy(update=mode),
     )
     return GatedGroup(header, store(group), prompt, judgements, decision)
+
+
+def _judgement(reward: float) -> Judgement:
+    if math.isnan(reward):
+        return Judgement(Verdict.TIMEOUT, None)
+    return Judgement(Verdict.CORRECT if reward == 1 else Verdict.WRONG, reward)

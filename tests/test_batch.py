@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hapo_async import batch, upge
+from hapo_async import batch, reduction
 from hapo_async.types import Source, Version
 from tests import samples_learn
 
@@ -22,8 +22,14 @@ def groups():
 
 @pytest.fixture(scope="module")
 def sequences(groups):
+    """One without a verdict, one with a weight, some with cached scores of the reference."""
     (plan,) = batch.plan_step(groups, 1, 1, Version(0, 3))
-    return samples_learn.sequences(plan)[0]
+    out = samples_learn.sequences(plan)[0]
+    out[1] = replace(out[1], judged=False)
+    out[2] = replace(out[2], weight=0.25)
+    for i in range(0, len(out), 2):
+        out[i] = replace(out[i], logp_ref=-np.arange(len(out[i].tokens), dtype=np.float32))
+    return out
 
 
 @pytest.mark.parametrize(("ranks", "minis"), [(1, 1), (2, 2), (3, 2), (4, 5)])
@@ -35,7 +41,7 @@ def test_every_group_is_planned_once_and_mini_batches_do_not_depend_on_ranks(gro
     alone = batch.plan_step(groups, 1, minis, Version(0, 3))[0]
     for i, mini in enumerate(alone.minis):
         assert {g.key for g in mini} == {g.key for plan in plans for g in plan.minis[i]}
-        assert all(plan.normalisers[i] == upge.Normaliser.of_groups(mini) for plan in plans)
+        assert all(plan.normalisers[i] == reduction.Normaliser.of_groups(mini) for plan in plans)
 
 
 def test_ranks_get_like_shares_of_tokens(groups):
@@ -70,9 +76,14 @@ def test_packing_keeps_every_trained_token_and_its_attributes(sequences, layout,
             np.testing.assert_array_equal(micro.logp_behave[mine].numpy(), s.logp_behave)
             assert set(micro.advantage[mine].tolist()) == {float(np.float32(s.advantage))}
             assert set(micro.group[mine].tolist()) == {s.group}
-            assert micro.reward[i] == s.reward
+            assert set(micro.weight[mine].tolist()) == {float(np.float32(s.weight))}
+            assert micro.reward[i] == s.reward if s.judged else torch.isnan(micro.reward[i])
+            cached = np.full(len(s.tokens), np.nan, np.float32) if s.logp_ref is None else s.logp_ref
+            np.testing.assert_array_equal(micro.logp_ref[mine].numpy(), cached)
             assert micro.group_size[s.group] == s.group_size
             assert micro.confidence[s.group] == pytest.approx(s.confidence)
+        has = [sequences[i].logp_ref is not None or sequences[i].is_teacher for i in micro.sequence_ids]
+        assert micro.has_ref == all(has)
 
 
 def test_packed_rows_restart_positions_where_their_edges_are(sequences):
@@ -97,6 +108,43 @@ def test_like_lengths_share_a_micro_batch():
             strict=True,
         )
     )
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("budget", [1, 150, 10_000])
+def test_whole_groups_stay_together_even_beyond_the_budget(sequences, layout, budget):
+    micros = batch.pack(sequences, budget, layout, whole_groups=True)
+    assert sorted(i for m in micros for i in m.sequence_ids) == list(range(len(sequences)))
+    groups = [{sequences[i].group for i in m.sequence_ids} for m in micros]
+    assert sum(map(len, groups)) == len({s.group for s in sequences}), "no group in two micro-batches"
+    for micro, inside in zip(micros, groups, strict=True):
+        assert micro.computed_tokens <= budget or len(inside) == 1
+    assert len(micros) == (1 if budget == 10_000 else len(micros)) and (budget > 1 or len(micros) == 10)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_narrowing_keeps_the_context_of_the_positions_and_drops_other_sequences(sequences, layout):
+    micro = batch.pack(sequences, 10_000, layout)[0]
+    first, last = micro.sequence[0], micro.sequence[-1]
+    positions = ((micro.sequence == first) | (micro.sequence == last)).nonzero()[1::2, 0]
+    narrow = batch.narrowed(micro, positions)
+    assert narrow.input_ids.reshape(-1)[narrow.predict].equal(micro.input_ids.reshape(-1)[micro.predict[positions]])
+    assert narrow.position_ids.reshape(-1)[narrow.predict].equal(
+        micro.position_ids.reshape(-1)[micro.predict[positions]]
+    )
+    assert narrow.targets.equal(micro.targets[positions])
+    whole = [len(s.prompt_tokens) + len(s.tokens) for s in (sequences[first], sequences[last])]
+    if layout == "packed":
+        assert narrow.cu_seqlens.tolist() == [0, whole[0], sum(whole)] and narrow.computed_tokens == sum(whole)
+    else:
+        assert narrow.input_ids.shape == (2, micro.input_ids.shape[1])
+    idle = batch.narrowed(micro, positions[:0])
+    assert len(idle.predict) == 0 and idle.computed_tokens > 0, "a rank with nothing to ask computes all the same"
+
+
+def test_work_is_shared_out_by_tokens():
+    assert batch.share_out([5, 1, 4, 4], 2) == [[0, 1], [2, 3]]
+    assert batch.share_out([3], 3) == [[0], [], []]
 
 
 def test_environment_tokens_are_context_but_not_trained(sequences):

@@ -130,3 +130,11 @@ def test_a_sparkline_needs_two_values() -> None:
     assert sparkline([1.0]) == ""
     ElementTree.fromstring(sparkline([1.0, 2.0, 1.5]))
     ElementTree.fromstring(sparkline([2.0] * 300))
+
+
+def test_an_axis_that_starts_at_zero_does_not_go_below_it_for_rounding() -> None:
+    svg = line_chart([Line("kl", [1, 2, 3], [-2e-9, 0.02, 0.05])], floor=0.0)
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', svg)
+    assert ticks[0] == "0" and not any(tick.startswith("-") for tick in ticks)
+    below = line_chart([Line("x", [1, 2], [-0.02, 0.05])], floor=0.0)
+    assert "-0.02" in re.findall(r'text-anchor="end">([^<]+)<', below)

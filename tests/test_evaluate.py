@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from statistics import stdev
+from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,3 +94,51 @@ def test_without_a_judged_answer_there_is_no_accuracy_rather_than_zero(correct: 
 )
 def test_a_set_is_named_after_its_file(source: str, name: str) -> None:
     assert evaluate.set_name(source) == name
+
+
+def test_the_bootstrap_is_that_of_drawing_answers_with_replacement() -> None:
+    correct = [[True] + [False] * 7, [True] * 4 + [False] * 4, [False] * 8]
+    mean, error = evaluate.bootstrap_at_k(correct, k=4, draws=4000)
+    rng = np.random.default_rng(1)
+    drawn = [fmean(any(rng.choice(row, 4)) for row in correct) for _ in range(4000)]
+    exact = fmean(1 - (1 - c / 8) ** 4 for c in (1, 4, 0))
+    assert mean == pytest.approx(exact, abs=0.01) and fmean(drawn) == pytest.approx(exact, abs=0.01)
+    assert error == pytest.approx(stdev(drawn), rel=0.06)
+
+
+def test_the_bootstrap_is_seeded_and_uses_the_first_2048_judged_answers() -> None:
+    correct = [[None] + [False] * 2048 + [True] * 2048, [True] * 1024 + [False] * 1024]
+    first = evaluate.bootstrap_at_k(correct, k=1024, draws=50, seed=3)
+    assert first == evaluate.bootstrap_at_k(correct, k=1024, draws=50, seed=3)
+    assert first == (0.5, 0.0), "the first prompt has no right answer among the ones drawn from, the second many"
+    assert all(map(math.isnan, evaluate.bootstrap_at_k([[True, None]], k=2)))
+
+
+@pytest.mark.parametrize(("k", "points"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_the_points_of_a_curve_double_up_to_k(k: int, points: list[int]) -> None:
+    assert evaluate.ladder(k) == points
+
+
+def test_a_summary_of_several_k_has_them_all_and_the_bootstrap_where_it_is_wanted() -> None:
+    correct = [[True, False, False, False], [False] * 4]
+    summary = evaluate.summarise("x", correct, [1, 2, 4], bootstrap=20)
+    for name in summary:
+        metrics.lookup(name)
+    assert [summary[f"eval/x/pass@{k}"] for k in (1, 2, 4)] == [0.125, 0.25, 0.5]
+    assert {f"eval/x/bootstrap@{k}{se}" for k in (1, 2, 4) for se in ("", "/se")} <= summary.keys()
+
+
+def test_the_macro_average_counts_every_benchmark_alike() -> None:
+    values = evaluate.summarise("a", [[True], [True], [True], [False]]) | evaluate.summarise("b", [[False, True]] * 100)
+    macro = evaluate.macro_average(values, ["a", "b"])
+    assert macro["eval/macro/pass@1"] == pytest.approx((0.75 + 0.5) / 2)
+    errors = values["eval/a/pass@1/se"], values["eval/b/pass@1/se"]
+    assert macro["eval/macro/pass@1/se"] == pytest.approx(math.hypot(*errors) / 2)
+    assert set(macro) == {"eval/macro/pass@1", "eval/macro/pass@1/se"}, "avg@2 is not an accuracy of both"
+    assert evaluate.macro_average(values, ["a"]) == {}
+
+
+def test_exclusive_solves_count_questions_that_both_were_asked() -> None:
+    before = {"a": 0.0, "b": 0.5, "c": 1.0, "d": 0.0, "only before": 1.0}
+    after = {"a": 0.25, "b": 0.0, "c": 0.1, "d": 0.0, "only after": 1.0}
+    assert evaluate.exclusive_solves(before, after) == (["a"], ["b"])

@@ -157,3 +157,11 @@ def test_blocks_follow_the_course_of_a_series() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (125.4, "2:05"), (3725, "1:02:05")])
 def test_clock_texts(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
+
+
+def test_the_clock_shows_the_time_since_the_run_was_started() -> None:
+    clock = Clock()
+    clock.now = 100.0
+    view = LiveView(10, Console(file=io.StringIO()), clock, began=40.0)
+    clock.now = 105.0
+    assert "1:05 elapsed" in table(view)

@@ -11,7 +11,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hapo_async import metrics
-from hapo_async.config import known_keys
 
 
 def lines(folder: Path) -> list[dict]:
@@ -88,6 +87,15 @@ def test_a_row_names_its_bottleneck(tmp_path: Path) -> None:
     assert lines(tmp_path)[0] == row
 
 
+def test_a_step_after_an_evaluation_is_not_held_against_the_learner(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, {"time/step_s": 9.0, "time/learn_s": 1.0, "time/eval_s": 8.0})
+        after = writer.write(2, {"time/step_s": 1.0, "time/learn_s": 1.0})
+        later = writer.write(3, {"time/step_s": 1.0, "time/learn_s": 1.0})
+    assert "add ranks" not in after["advice"] and "evaluation" in after["advice"]
+    assert "add ranks" in later["advice"]
+
+
 def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     with metrics.Writer(tmp_path) as writer:
         writer.write(1, {"reward/mean": 0.0})
@@ -143,56 +151,3 @@ def test_reading_skips_what_is_not_a_whole_row(tmp_path: Path) -> None:
 def test_a_series_is_ordered_and_keeps_the_last_row_of_a_step() -> None:
     rows = [{"step": 2, "x": 5}, {"step": 1, "x": 1}, {"step": 2, "x": 7.5}, {"step": 3, "x": None}, {"step": 4}]
     assert metrics.series(rows, "x") == ([1, 2], [1.0, 7.5])
-
-
-# ---------------------------------------------------------------- the bottleneck
-
-
-def times(**seconds: float) -> dict[str, float]:
-    return {f"time/{name}_s": value for name, value in seconds.items()}
-
-
-@pytest.mark.parametrize(
-    ("expected", "timings"),
-    [
-        ("generator", times(step=10, learn=3, wait_for_batch=6.2, sync=0.5, generate=9, verify=0.1)),
-        ("verifier", times(step=10, learn=3, wait_for_batch=6.2, sync=0.5, generate=2, verify=7)),
-        ("learner", times(step=10, learn=8, wait_for_batch=1, sync=0.5, wait_for_weights=6)),
-        ("sync", times(step=10, learn=3, wait_for_batch=1, sync=5)),
-        ("staleness", times(step=10, learn=3, wait_for_batch=1, wait_for_stale=5, sync=1)),
-        # Both sides idle for much of the step: with max_staleness 0 they can only take turns.
-        ("staleness", times(step=10, learn=4, wait_for_batch=5, wait_for_weights=5, generate=5, verify=0.1)),
-        # An evaluation is asked for: however long it takes, it is not what limits training.
-        ("generator", times(step=100, learn=2, wait_for_batch=4, eval=90)),
-    ],
-)
-def test_the_largest_wait_decides_what_limits_a_step(expected: str, timings: dict[str, float]) -> None:
-    component, advice = metrics.bottleneck(timings)
-    assert component == expected
-    assert advice.startswith(f"{expected}: ")
-    assert advice.endswith(".")
-
-
-def test_the_advice_says_how_much_and_what_to_change() -> None:
-    advice = metrics.bottleneck(times(step=10, learn=3, wait_for_batch=6.2)).advice
-    assert "62% of the step" in advice
-    assert "generator.count" in advice and "generator.max_concurrent" in advice
-
-
-def test_advice_names_only_keys_of_the_config() -> None:
-    cases = [
-        times(step=1, wait_for_batch=1),
-        times(step=1, wait_for_batch=1, verify=2, generate=1),
-        times(step=2, wait_for_batch=1, wait_for_weights=1),
-        times(step=1, learn=1),
-        times(step=1, sync=1),
-        times(step=1, wait_for_stale=1),
-    ]
-    named = {key for case in cases for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", metrics.bottleneck(case).advice)}
-    assert len(named) >= 8
-    assert named <= set(known_keys())
-
-
-@pytest.mark.parametrize("timings", [{}, times(step=3), times(step=math.nan, learn=math.nan), times(learn=-1)])
-def test_without_timings_nothing_is_blamed(timings: dict[str, float]) -> None:
-    assert metrics.bottleneck(timings).component == ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hapo_async import config, metrics, report
+from hapo_async import config, metrics, report, verdicts
 from hapo_async.errors import UserError
 
 
@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.html = html
         self.feed(html)
         assert self.open == [], f"never closed: {self.open}"
 
@@ -41,6 +42,15 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data + " "
+
+    def headings(self) -> list[str]:
+        return self._texts("h2")
+
+    def _texts(self, wanted: str) -> list[str]:
+        return re.findall(rf"<{wanted}>([^<]*)</{wanted}>", self.html)
+
+    def heats(self) -> list[dict[str, Any]]:
+        return [json.loads(attrs["data-heat"] or "") for _, attrs in self.tags if "data-heat" in attrs]
 
     def charts(self) -> list[dict[str, Any]]:
         return [
@@ -117,6 +127,87 @@ def test_every_required_curve_is_drawn_with_its_values(tmp_path: Path) -> None:
     assert drawn["sampling"] == [30_000] * 10 and drawn["learning"] is not None
     assert drawn["waiting for a batch"] == [1.25] * 10
     assert drawn["other"] == [0.25] * 10
+
+
+def test_a_theme_has_a_section_only_when_one_of_its_metrics_was_recorded(tmp_path: Path) -> None:
+    themed = {
+        "Correct and incorrect answers": {"offline/weight/correct": 0.5, "offline/weight/incorrect": 0.25},
+        "Anchor": {"apo/r_anchor_p95": 1.5},
+        "Teachers and offline data": {"train/offline_frac": 0.125},
+    }
+    plain = page(run_folder(tmp_path / "plain")).headings()
+    assert not set(themed) & set(plain)
+    folder = run_folder(tmp_path / "themed")
+    with metrics.Writer(folder) as writer:
+        for step in (11, 12):
+            writer.write(step, {name: value for values in themed.values() for name, value in values.items()})
+    parsed = page(folder)
+    assert set(themed) <= set(parsed.headings())
+    drawn = lines_of(parsed)
+    assert drawn["correct"] == [0.5, 0.5] and drawn["incorrect"] == [0.25, 0.25]
+    assert drawn["95th percentile"] == [1.5, 1.5] and drawn["train/offline_frac"] == [0.125, 0.125]
+
+
+def test_components_of_the_reward_are_drawn_by_name(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with metrics.Writer(folder) as writer:
+        writer.write(11, {"reward/component/format": 0.25, "reward/component/truth": -1.0})
+    drawn = lines_of(page(folder))
+    assert drawn["format"] == [0.25] and drawn["truth"] == [-1.0]
+
+
+def test_what_stays_zero_is_not_drawn(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with metrics.Writer(folder) as writer:
+        writer.write(11, {"apo/dead_frac": 0.0, "train/offline_frac": 0.0, "train/teacher_tokens": 0.0})
+    assert not {"Anchor", "Teachers and offline data"} & set(page(folder).headings())
+
+
+def test_the_gate_shows_confidence_over_time_and_what_each_threshold_would_open(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with metrics.Writer(folder) as writer:
+        for step, shares in ((11, {1: 0.75, 5: 0.25}), (12, {7: 0.5, 8: 0.5})):
+            values = {f"gate/confidence_hist/{b}": shares.get(b, 0.0) for b in range(10)}
+            writer.write(step, values | {"gate/injected": 3.0, "gate/threshold": 0.8})
+    parsed = page(folder)
+    assert "The gate" in parsed.headings()
+    heat = next(h for h in parsed.heats() if h["columns"] == ["11", "12"])
+    cells = dict(zip(heat["rows"], heat["cells"], strict=True))
+    assert cells["confidence 0.1 to 0.2"] == [0.75, 0.0] and cells["confidence 0.8 to 0.9"] == [0.0, 0.5]
+    drawn = lines_of(parsed)
+    assert drawn["below 0.2"] == [0.75, 0] and drawn["below 0.6"] == [1, 0] and drawn["below 0.8"] == [1, 0.5]
+
+
+def test_questions_are_shown_over_training_with_what_was_gained_and_lost(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    for step, right in ((0, "a"), (10, "bc")):
+        verdicts.append(folder, "chain-eval", step, [(uid, [uid in right], "") for uid in "abcd"])
+    parsed = page(folder)
+    assert "Question by question" in parsed.headings()
+    assert "+2 / −1" in parsed.text
+    heat = parsed.heats()[0]
+    assert dict(zip(heat["rows"], heat["cells"], strict=True))["b"] == [0.0, 1.0]
+
+
+def test_the_diversity_of_kept_rollouts_is_drawn(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with metrics.Writer(folder) as writer:
+        writer.write(11, {"groups/solved_frac": 0.5})
+    (folder / "rollouts").mkdir()
+    for step, texts in ((1, ["a b c d", "e f g h"]), (2, ["a b c d", "a b c d"])):
+        row = {"step": step, "key": [0, "x", 0], "answers": [{"text": t} for t in texts]}
+        (folder / "rollouts" / f"step-{step:06}.jsonl").write_text(json.dumps(row) + "\n")
+    assert lines_of(page(folder))["1 - Self-BLEU"] == [1, 0]
+
+
+def test_wall_time_counts_from_the_start_of_each_sitting_to_its_end(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps=2)
+    with metrics.Writer(folder) as writer:
+        for step, seconds in ((3, 30.0), (4, 100.0), (5, 20.0), (6, 50.0)):  # resumed after step 4
+            writer.write(step, {"time/run_s": seconds})
+    assert "2 min 30 s" in page(folder).text
+    (folder / "status.json").write_text('{"state": "done", "seconds": 65.0}')
+    assert "2 min 45 s" in page(folder).text
 
 
 def test_recorded_metrics_are_listed_with_their_meaning_and_the_others_as_not_recorded(tmp_path: Path) -> None:

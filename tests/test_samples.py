@@ -105,3 +105,12 @@ def test_long_texts_are_cut_and_say_so(tmp_path: Path) -> None:
     shown = samples.pick(write(tmp_path / "r", {1: [long]}))[0]
     assert len(shown.answers[0].text) < 1000
     assert shown.answers[0].text.endswith("(4100 more characters)")
+
+
+def test_distinctness_is_measured_on_a_few_evenly_spread_steps_without_teachers(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r", {s: [group(s, n=3, teacher=True)] for s in range(1, 101)})
+    steps, values = samples.distinctness(folder, files=5)
+    assert steps == [1, 26, 50, 75, 100] or steps == [1, 26, 51, 75, 100]
+    # "answer 0", "answer 1", "answer 2": one word of two is shared, no pair of words is
+    assert values == [1.0] * 5
+    assert samples.distinctness(tmp_path / "nowhere") == ([], [])

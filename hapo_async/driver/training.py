@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from actors.learner import LearnerGroup
-from hapo_async import batch
+from hapo_async import advantage, batch, gate, inject
 from hapo_async.admission import overdue
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
@@ -20,6 +22,8 @@ from hapo_async.ledger import Ledger
 from hapo_async.types import GroupKey, Version
 
 log = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 256  # sequences that travel with one call
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Trainer:
         self.buffer = buffer
         self.version = version
         self.stopping = False
+        self.enough = False  # the run is to end after this step, as if its data had
         self.expired = self.late = self.truncated = 0  # groups, since the journal last looked
         self._bad_steps = 0
 
@@ -79,14 +84,15 @@ class Trainer:
         self.fleet.publish(manifest, refs)
 
     async def run(self, committed: Callable[[Trained], Awaitable[StepTimes]]) -> None:
-        """Steps until train.steps, until the data end, or until ``stopping``. ``committed`` is awaited after each step:
-        evaluation, metrics and checkpoint happen there, at the step boundary. It returns the next step's clock, which
-        holds what came after the row was written."""
+        """Steps until train.steps, until the data end, or until ``stopping`` or ``enough``. ``committed`` is awaited after
+        each step: evaluation, metrics and checkpoint happen there, at the step boundary. It returns the next step's clock,
+        which holds what came after the row was written."""
         times = StepTimes()
-        while self.version.step < self.config.train.steps and not self.stopping:
+        while self.version.step < self.config.train.steps and not self.stopping and not self.enough:
             groups = await self._next_batch(times)
             if not groups:
                 return
+            groups = await self._complete(groups, times)
             learned = await self._step(groups, times)
             if learned is None:
                 continue
@@ -179,12 +185,23 @@ class Trainer:
 
     # ---------------------------------------------------------------- the step
 
+    async def _complete(self, groups: list[Ready], times: StepTimes) -> list[Ready]:
+        """What the composition left open until the batch and the policy are known: the likeliest teacher, and advantages
+        that are made over the whole batch."""
+        if self.config.gate.teacher == "likeliest":
+            began = time.monotonic()
+            groups = await choose_likeliest(groups, self.learner.score)
+            times.learn += time.monotonic() - began
+        if advantage.of(self.sampler.algorithm.advantage_for(self.sampler.options)).whole_batch:
+            whitened = advantage.whiten_batch([g.train for g in groups])
+            groups = [replace(g, train=train) for g, train in zip(groups, whitened, strict=True)]
+        return groups
+
     async def _step(self, groups: list[Ready], times: StepTimes) -> dict[str, float] | None:
         """The learner's metrics; None when the step was skipped on all ranks (non-finite), its groups dropped."""
         c = self.config
-        plans = batch.plan_step(
-            [g.train for g in groups], c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed
-        )
+        trains, pairs = [g.train for g in groups], self.sampler.options.get("pairs")
+        plans = batch.plan_step(trains, c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed, pairs=pairs)
         began = time.monotonic()
         learned = await self.learner.step(plans)
         times.learn += time.monotonic() - began
@@ -203,3 +220,31 @@ class Trainer:
             )
         self.sampler.wake()
         return None
+
+
+async def choose_likeliest(
+    groups: list[Ready], score: Callable[[list[inject.Sequence]], Awaitable[list[np.ndarray]]]
+) -> list[Ready]:
+    """The groups, each teacher row with that demonstration of its prompt whose tokens have the highest mean log-prob
+    (the first of equals). ``score`` gives the log-probs [T] of sequences under the policy; it is asked about prompts
+    with a choice and no others."""
+    choices: list[tuple[int, int, inject.TrainGroup]] = []
+    for place, group in enumerate(groups):
+        teachers = group.gated.prompt.teachers
+        usable = gate.usable_teachers(teachers) if group.train.teacher is not None else []
+        if len(usable) > 1:
+            choices += [(place, index, inject.with_teacher(group.train, teachers, index)) for index in usable]
+    if not choices:
+        return groups
+    asked = [inject.demonstration(train, groups[place].gated.prompt.tokens) for place, _, train in choices]
+    parts = [asked[start : start + SCORED_AT_ONCE] for start in range(0, len(asked), SCORED_AT_ONCE)]
+    scores = [logp for part in parts for logp in await score(part)]
+    out, best = list(groups), {place: -np.inf for place, _, _ in choices}
+    for (place, index, train), logp in zip(choices, scores, strict=True):
+        mean = float(np.mean(logp, dtype=np.float64))
+        if mean > best[place]:
+            best[place] = mean
+            gated = groups[place].gated
+            decided = gated.gate if gated.gate.teacher is None else replace(gated.gate, teacher=index)
+            out[place] = Ready(replace(gated, gate=decided), train)
+    return out

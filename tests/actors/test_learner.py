@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors import placement, weights
 from actors.learner import LearnerGroup, LearnerRank, check_overrides
 from actors.reference import FrozenReference
-from hapo_async import batch, learn, metrics
+from hapo_async import learn, metrics
+from hapo_async.backend import TorchBackend
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.policy import load_policy
 from hapo_async.types import Version
@@ -40,15 +41,25 @@ class SpyRank(LearnerRank):
         self.seen: list[dict[str, torch.Tensor]] = []
         update = self.backend.update
 
-        def spy():
-            self.seen.append({n: safe_get_full_grad(p).clone() for n, p in self.backend.named_parameters()})
-            return update()
+        def spy(max_norm=None):
+            self.seen.append({n: safe_get_full_grad(p).clone() for n, p in self.backend.policy.named_parameters()})
+            return update(max_norm)
 
         self.backend.update = spy
         return pid
 
     def gradients(self) -> list[dict[str, torch.Tensor]]:
-        return self.seen
+        """Those of the updates since the last call."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    def critic(self) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return torch.cat([safe_get_full_fp32_param(p).reshape(-1) for p in self.backend.policy.value_head.parameters()])
+
+    def skip_above(self, limit: float) -> None:
+        self.learner.options["skip_grad_norm"] = limit
 
     def poison(self) -> None:
         """From now on this rank's losses are NaN, though their gradients are not."""
@@ -61,17 +72,16 @@ class SpyRank(LearnerRank):
         learn.objective = poisoned
 
 
-async def _start(config, model, rank_class=LearnerRank) -> LearnerGroup:
+async def _start(config, model, rank_class=LearnerRank, needs=None) -> LearnerGroup:
     cluster = placement.join(config.learner.ranks)
     name = f"learner-{uuid.uuid4().hex}"
     slot = await asyncio.to_thread(placement.reserve, cluster, config.learner.ranks, 0.5, name)
-    return await LearnerGroup.start(config, model, cluster, slot, rank_class)
+    return await LearnerGroup.start(config, model, cluster, slot, rank_class, needs)
 
 
 def _plans(ray, config, tasks, step: int):
     version = Version(0, step)
-    groups = samples_learn.groups(tasks, config, version, store=ray.put)
-    return batch.plan_step(groups, config.learner.ranks, config.learner.mini_batches, version)
+    return samples_learn.plans(samples_learn.groups(tasks, config, version, store=ray.put), config, version)
 
 
 async def _weights(learner: LearnerGroup, version: Version) -> dict[str, torch.Tensor]:
@@ -210,32 +220,128 @@ def _lose(ray, learner, config, steps, number: int, says: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def anchored(ray_session, model):
-    """HAPO + APO on two ranks with a partitioned reference."""
-    learner = asyncio.run(_start(_config(model, 2, "hapo_apo"), model, SpyRank))
-    yield learner
+def anchored(ray_session, model, tmp_path_factory):
+    """Two ranks with a partitioned reference and a partitioned critic; its state before any step in ``folder``."""
+    learner = asyncio.run(_start(_config(model, 2, "hapo_apo"), model, SpyRank, needs=frozenset({"value"})))
+    folder = tmp_path_factory.mktemp("start")
+    asyncio.run(learner.save(folder))
+    yield learner, folder
     asyncio.run(learner.close())
 
 
-def test_anchored_optimisation_with_a_partitioned_reference_equals_one_process(anchored, ray_session, model, steps):
-    config = anchored.config
-    measured = _train(ray_session, anchored, config, steps, 0, 2)
-    two = asyncio.run(_weights(anchored, Version(0, 2)))
-    policy = load_policy(model, config, dtype=torch.float32, device="cpu")
+ALGORITHMS = [
+    ("hapo_apo", {}),
+    ("ppo", {}),
+    ("grpo", {"kl_coef": 0.1, "entropy_coef": 0.01}),
+    ("gspo", {}),
+    ("kto", {}),
+    ("dpo", {}),
+    ("fpa", {}),
+    ("off_rl_kl", {}),
+    ("hpt", {}),
+    ("reinforce_pp", {}),
+    ("hindsight_aware_hapo", {"quadrants": 5}),
+    ("apo", {"critic": True}),
+]
+
+
+def test_one_group_trains_every_kind_of_algorithm_as_one_process_does(anchored, ray_session, model, steps, tmp_path):
+    """One after the other on the same weights: two ranks that share parameters, reference and critic, against one
+    process that holds them whole. The first step starts from the policy that is its own reference."""
+    learner, _ = anchored
+    config = learner.config
+    policy = load_policy(model, config, dtype=torch.float32, device="cpu", with_value=True)
     whole = FrozenReference(model, config, dtype=torch.float32, device="cpu", engine_config=None)
-    alone = samples_learn.train_alone(learn.Learner(learn.TorchBackend(policy, config), config, whole), steps[:2])
-    assert measured[-1]["apo/r_anchor_mean"] == pytest.approx(alone[-1]["apo/r_anchor_mean"], rel=1e-4)
-    assert measured[-1]["apo/r_anchor_mean"] > 0
-    for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(two[name], parameter.detach(), atol=1e-5, rtol=0)
+    backend = TorchBackend(policy, config)
+    alone, expected = learn.Learner(backend, config, whole), []
+    update = backend.update
+
+    def spy(max_norm=None):
+        expected.append({n: p.grad.clone() for n, p in policy.named_parameters()})
+        return update(max_norm)
+
+    backend.update = spy
+    far = {}
+    for step, (name, options) in enumerate(ALGORITHMS):
+        config = _config(model, 2, name, options=options)
+        asyncio.run(learner.configure(config))
+        alone.configure(_config(model, 1, name, options=options))
+        (two,) = _train(ray_session, learner, config, [steps[step % STEPS]], 0, 1)
+        (one,) = samples_learn.train_alone(alone, [steps[step % STEPS]])
+        seen = ray_session.get([rank.gradients.remote() for rank in learner.ranks])
+        assert len(seen[0]) == len(seen[1]) == len(expected) == 2
+        pairs = [(a, b) for rank in seen for a, b in zip(rank, expected, strict=True)]
+        assert min(_flat(b).norm() for _, b in pairs) > 1e-6, "a vanishing gradient would compare as equal"
+        far[name] = max(_relative(_flat(a), _flat(b)) for a, b in pairs)
+        expected.clear()
+        measured = {n for n in one if n.startswith(("loss/", "critic/", "offline/", "policy/hidden", "reference/"))}
+        assert [n for n in measured if two[n] != pytest.approx(one[n], rel=1e-4, abs=1e-6)] == [], name
+    assert max(far.values()) < 2e-6, far
+    critic = torch.cat([p.detach().reshape(-1) for p in policy.value_head.parameters()])
+    trained = _critic(ray_session, learner)
+    assert trained.abs().max() > 1e-4
+    torch.testing.assert_close(trained, critic, atol=1e-5, rtol=0)
+    asyncio.run(learner.save(tmp_path))
+    _train(ray_session, learner, config, steps, 0, 1)
+    assert not torch.equal(_critic(ray_session, learner), trained)
+    asyncio.run(learner.load(tmp_path))
+    assert torch.equal(_critic(ray_session, learner), trained), "the critic is resumed with the rest"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    published = asyncio.run(_weights(learner, Version(0, 1)))
+    assert published.keys() == dict(saved.named_parameters()).keys(), "no critic among them"
+
+
+def _critic(ray, learner) -> torch.Tensor:
+    return ray.get([rank.critic.remote() for rank in learner.ranks])[0]
+
+
+def test_answers_are_scored_by_all_ranks_in_the_order_given(anchored, model, steps):
+    learner, start = anchored
+    asyncio.run(learner.load(start))
+    config = _config(model, 1)
+    (plan,) = samples_learn.plans(samples_learn.groups(steps[0], config, Version(0, 0)), config, Version(0, 0))
+    sequences = [s for mini in samples_learn.sequences(plan) for s in mini][:7]
+    scored = asyncio.run(learner.score(sequences))
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    for s, scores in zip(sequences, scored, strict=True):
+        ids = torch.tensor([[*s.prompt_tokens.tolist(), *s.tokens.tolist()]])
+        logp = policy(input_ids=ids).logits[0, len(s.prompt_tokens) - 1 : -1].log_softmax(-1)
+        expected = logp.gather(1, ids[0, len(s.prompt_tokens) :, None])[:, 0]
+        np.testing.assert_allclose(scores, expected.detach().numpy(), atol=1e-5)
+    assert len(asyncio.run(learner.score(sequences[:1]))) == 1, "a rank without a sequence stays in step"
+
+
+def test_held_out_loss_and_skipped_updates_on_two_ranks(anchored, ray_session, model, steps):
+    learner, start = anchored
+    config = _config(model, 2, "hpt", mini_batches=1)
+    asyncio.run(learner.load(start))
+    asyncio.run(learner.configure(config))
+    before = asyncio.run(_weights(learner, Version(0, 0)))
+    held_out = asyncio.run(learner.holdout(_plans(ray_session, config, steps[0], 0)))
+    ray_session.get([rank.skip_above.remote(1e-3) for rank in learner.ranks])
+    (skipped,) = _train(ray_session, learner, config, steps, 0, 1)
+    assert skipped["loss/value"] == pytest.approx(held_out, rel=1e-6)
+    assert skipped["train/skipped_norm"] == 1 and skipped["train/updates"] == skipped["skipped"] == 0
+    after = asyncio.run(_weights(learner, Version(0, 0)))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    ray_session.get([rank.skip_above.remote(1e3) for rank in learner.ranks])
+    (applied,) = _train(ray_session, learner, config, steps, 0, 1)
+    assert applied["train/updates"] == 1 and applied["loss/value"] == pytest.approx(held_out, rel=1e-6)
+    assert 1e-3 < applied["policy/grad_norm"] < 1e3
+
+
+def test_configure_refuses_what_cannot_change(anchored, model):
+    with pytest.raises(ConfigError, match="zero_stage"):
+        asyncio.run(anchored[0].configure(_config(model, 2, zero_stage=2)))
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(anchored, ray_session, steps):
+    anchored, _ = anchored
     before = asyncio.run(_weights(anchored, Version(0, 0)))
     ray_session.get(anchored.ranks[1].poison.remote())
     (measured,) = _train(ray_session, anchored, anchored.config, steps, 2, 3)
     assert measured["skipped"] == 1
-    assert measured["train/skipped"] == 2
+    assert measured["train/skipped"] == anchored.config.learner.mini_batches
     after = asyncio.run(_weights(anchored, Version(0, 0)))
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -12,13 +12,14 @@ import numpy as np
 import ray
 
 from hapo_async import algorithms, config
-from hapo_async.buffer import Buffer
+from hapo_async.buffer import Buffer, Ready
 from hapo_async.data import PromptStream
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import StepTimes, Trained, Trainer
+from hapo_async.inject import Sequence
 from hapo_async.ledger import Ledger
-from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Verdict, Version
+from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Teacher, Verdict, Version
 from hapo_async.weights import Manifest
 
 
@@ -119,10 +120,16 @@ class StandInGenerator:
 
 
 class StandInJudges:
-    """Every second answer is right; or every verdict is ``always``; or ``error`` is raised."""
+    """Every second answer is right, or those are of which ``right(uid, index)`` says so; or every verdict is ``always``;
+    or ``error`` is raised."""
 
-    def __init__(self, always: Verdict | None = None, error: Exception | None = None) -> None:
-        self.always, self.error, self.count = always, error, 1
+    def __init__(
+        self,
+        always: Verdict | None = None,
+        error: Exception | None = None,
+        right: Callable[[str, int], bool] = lambda uid, index: index % 2 == 1,
+    ) -> None:
+        self.always, self.error, self.right, self.count = always, error, right, 1
 
     async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
         await asyncio.sleep(0)
@@ -130,14 +137,16 @@ class StandInJudges:
             raise self.error
         if self.always:
             return [Judgement(self.always, None)] * answers
-        return [Judgement(Verdict.CORRECT, 1.0) if i % 2 else Judgement(Verdict.WRONG, 0.0) for i in range(answers)]
+        correct, wrong = Judgement(Verdict.CORRECT, 1.0), Judgement(Verdict.WRONG, 0.0)
+        return [correct if self.right(prompt.uid, i) else wrong for i in range(answers)]
 
 
 class StandInLearner:
-    """Records what it trained; skips a share of steps."""
+    """Records what it trained; skips a share of steps. A token's log-prob is minus its id."""
 
     def __init__(self, skip_share: float = 0.0, step_s: float = 0.001) -> None:
         self.trained: list[list[GroupKey]] = []
+        self.scored: list[list[Sequence]] = []
         self.skip_share, self.step_s = skip_share, step_s
         self._rng = random.Random(0)
 
@@ -148,23 +157,42 @@ class StandInLearner:
         self.trained.append([g.key for plan in plans for mini in plan.minis for g in mini])
         return {"skipped": 0.0}
 
+    async def score(self, sequences: list[Sequence]) -> list[np.ndarray]:
+        await asyncio.sleep(0)
+        self.scored.append(sequences)
+        return [-s.tokens.astype(np.float32) for s in sequences]
+
     async def publish(self, version: Version) -> tuple[Manifest, list[Any]]:
         await asyncio.sleep(0)
         return Manifest(version, ()), []
 
 
 class Loop:
-    """The driver's real sampler, trainer, fleet, ledger and buffer around stand-ins."""
+    """The driver's real sampler, trainer, fleet, ledger and buffer around stand-ins. teachers: of each prompt, by its
+    number. ``steps`` holds the groups of each step."""
 
     def __init__(
-        self, generators: list[StandInGenerator], *, prompts: int, judges: Any = None, trains: Any = None, **tree: Any
+        self,
+        generators: list[StandInGenerator],
+        *,
+        prompts: int,
+        judges: Any = None,
+        trains: Any = None,
+        teachers: Callable[[int], tuple[Teacher, ...]] = lambda number: (),
+        **tree: Any,
     ):
         base: dict[str, Any] = {"algorithm": "grpo", "sampling": {"n": 2, "max_tokens": 8}}
         self.config = config.parse({**base, **tree})
         algorithm = algorithms.get(self.config.algorithm)
         options = algorithm.check_config(self.config)
         items = [
-            Prompt(f"p{i:03}", ({"role": "user", "content": "x"},), np.arange(3, dtype=np.int32), "1")
+            Prompt(
+                f"p{i:03}",
+                ({"role": "user", "content": "x"},),
+                np.arange(3, dtype=np.int32),
+                "1",
+                teachers=teachers(i),
+            )
             for i in range(prompts)
         ]
         self.ledger = Ledger()
@@ -180,8 +208,10 @@ class Loop:
             self.config, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, Version(1, 0)
         )
         self.ages: list[int] = []
+        self.steps: list[list[Ready]] = []
 
     async def _committed(self, trained: Trained) -> StepTimes:
+        self.steps.append(trained.groups)
         self.ages += [trained.step - 1 - g.header.oldest.step for g in trained.groups if g.header.oldest]
         return StepTimes()
 

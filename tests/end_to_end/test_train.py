@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,29 @@ def test_metrics_hold_one_row_per_step_with_declared_names(plain):
     ):
         assert isinstance(last.get(name), float), name
     assert last["bottleneck"] in ("generator", "verifier", "learner", "sync", "staleness") and last["advice"]
+
+
+def test_every_question_of_every_evaluation_is_kept_and_shown(plain, capsys):
+    rows = json_lines(plain[0] / "evals" / "chain-eval.jsonl")
+    assert [sum(r["step"] == step for r in rows) for step in (0, 6)] == [16, 16]
+    measured = {
+        r["step"]: r["eval/chain-eval/pass@1"] for r in json_lines(plain[0] / "metrics.jsonl") if r["step"] in (0, 6)
+    }
+    for step, accuracy in measured.items():
+        assert np.mean([r["correct"][0] for r in rows if r["step"] == step]) == pytest.approx(accuracy)
+    assert "Question by question" in (plain[0] / "report.html").read_text()
+    assert hapo_here("compare", str(plain[0]), str(plain[0]), "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["metrics"]["reward/mean"]["steps"] == list(range(1, 7))
+    assert compared["exclusive_solves"]["chain-eval"]["step"] == 6
+
+
+def test_terminal_and_status_count_from_the_same_moment(plain):
+    status = json.loads((plain[0] / "status.json").read_text())
+    last = json_lines(plain[0] / "metrics.jsonl")[-1]
+    printed = re.search(r"6 steps in (\d+) s", plain[1])
+    assert printed and int(printed[1]) == pytest.approx(status["seconds"], abs=0.51)
+    assert 0 < last["time/run_s"] <= status["seconds"]
 
 
 def test_tensorboard_holds_the_same_numbers(plain):
