@@ -36,8 +36,8 @@ from hapo_async.batch import StepPlan, share_out
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.inject import Sequence as TokenSequence
-from hapo_async.learn import Learner, check_needs, needs_of
-from hapo_async.tally import RankReport, merge
+from hapo_async.learner.learn import Learner, check_needs, needs_of
+from hapo_async.learner.tally import RankReport, merge
 from hapo_async.types import Group, Version
 from hapo_async.weights import Manifest
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hapo_async.backend import Anchors
 from hapo_async.batch import MicroBatch, narrowed
 from hapo_async.config import Config
-from hapo_async.head import reference_topk
-from hapo_async.policy import PolicyModel, load_policy
+from hapo_async.learner.backend import Anchors
+from hapo_async.learner.head import reference_topk
+from hapo_async.learner.policy import PolicyModel, load_policy
 
 
 class _TopKHead(nn.Module):
@@ -49,7 +49,7 @@ class _ReferenceModel(nn.Module):
 
 
 class FrozenReference:
-    """Scores with weights that never change; implements ``hapo_async.backend.Reference``."""
+    """Scores with weights that never change; implements ``hapo_async.learner.backend.Reference``."""
 
     def __init__(
         self, model_path: str, config: Config, *, dtype: torch.dtype, device: str, engine_config: dict[str, Any] | None

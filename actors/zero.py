@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO under the learner: the process group, the configuration, the model, and the training backend.
 
-Everything that names DeepSpeed lives here; ``hapo_async.learn`` only sees a ``Backend``. Every function is called by
+Everything that names DeepSpeed lives here; ``hapo_async.learner.learn`` only sees a ``Backend``. Every function is called by
 all ranks in the same order: ZeRO-3 gathers parameters inside forward and backward passes, so a rank that computes less
 than the others would leave them waiting.
 """
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from hapo_async.backend import Update, set_optimizer
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError
-from hapo_async.policy import PolicyModel, adamw, load_policy
+from hapo_async.learner.backend import Update, set_optimizer
+from hapo_async.learner.policy import PolicyModel, adamw, load_policy
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def leave() -> None:
 
 
 class ZeroBackend:
-    """Trains a PolicyModel under DeepSpeed; see ``hapo_async.backend.Backend`` for what each method promises."""
+    """Trains a PolicyModel under DeepSpeed; see ``hapo_async.learner.backend.Backend`` for what each method promises."""
 
     def __init__(
         self, model_path: str, config: Config, *, dtype: torch.dtype, device: str, with_value: bool = False

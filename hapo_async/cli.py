@@ -148,7 +148,7 @@ def evaluate_model(
 ) -> None:
     """Evaluate a model on benchmark files."""
     from hapo_async import config as configs
-    from hapo_async import evaluate, protocols
+    from hapo_async.evaluation import evaluate, protocols
 
     preset = protocols.get(protocol) if protocol else None
     names = [evaluate.set_name(source) for source in data]
@@ -186,7 +186,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Also write the comparison as one self-contained page.")] = None,
 ) -> None:
     """Compare two runs: metrics at equal steps, questions that only one of them solves."""
-    from hapo_async import compare as comparing
+    from hapo_async.report import compare as comparing
 
     found = comparing.compare(Path(a), Path(b))
     if html:

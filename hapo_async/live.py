@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hapo_async.charts import format_value
+from hapo_async.report.charts import format_value
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COURSE = 32  # characters of the reward's course

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from actors.reference import FrozenReference
-from hapo_async import learn
-from hapo_async.backend import TorchBackend
 from hapo_async.batch import StepPlan
-from hapo_async.policy import load_policy
+from hapo_async.learner import learn
+from hapo_async.learner.backend import TorchBackend
+from hapo_async.learner.policy import load_policy
 from hapo_async.types import Version
 from tests import samples_learn
 from tests.reference_loop import Task

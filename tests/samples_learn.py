@@ -18,8 +18,8 @@ from hapo_async import algorithms, batch, gate, inject, toy
 from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
 from hapo_async.inject import TrainGroup
-from hapo_async.learn import Learner
-from hapo_async.tally import merge
+from hapo_async.learner.learn import Learner
+from hapo_async.learner.tally import merge
 from hapo_async.types import (
     Answer,
     GatedGroup,

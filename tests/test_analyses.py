@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hapo_async import analyses, metrics
-from hapo_async.analyses import Pair, Probe
+from hapo_async import metrics
+from hapo_async.evaluation import analyses
+from hapo_async.evaluation.analyses import Pair, Probe
 
 
 @pytest.fixture(scope="module")

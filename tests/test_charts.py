@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hapo_async.charts import Line, format_value, line_chart, nice_ticks, running_mean, sparkline, stack_chart, thin
+from hapo_async.report.charts import (
+    Line,
+    format_value,
+    line_chart,
+    nice_ticks,
+    running_mean,
+    sparkline,
+    stack_chart,
+    thin,
+)
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 

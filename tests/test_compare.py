@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hapo_async import compare, metrics, verdicts
+from hapo_async import metrics
 from hapo_async.errors import ConfigError
+from hapo_async.evaluation import verdicts
+from hapo_async.report import compare
 from tests.test_report import Page
 
 

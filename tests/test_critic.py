@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hapo_async import batch, critic
+from hapo_async import batch
+from hapo_async.learner import critic
 from hapo_async.types import Source, Version
 from tests import learners, samples_learn
 

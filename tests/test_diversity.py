@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hapo_async.diversity import distinctness, self_bleu, words
+from hapo_async.evaluation.diversity import distinctness, self_bleu, words
 
 
 def test_words_are_letters_and_digits_and_signs_stand_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hapo_async.head import ChunkedHead, reference_topk, token_logprobs
+from hapo_async.learner.head import ChunkedHead, reference_topk, token_logprobs
 
 N, H, V, K = 23, 6, 11, 3
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hapo_async import head_kernels
-from hapo_async.head import peak_extra_bytes, reference_topk, token_logprobs
+from hapo_async.learner import head_kernels
+from hapo_async.learner.head import peak_extra_bytes, reference_topk, token_logprobs
 from tests.test_head import H, K, V, make, make_reference, naive
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hapo_async.heatmap import COLUMNS_SHOWN, ROWS_SHOWN, Heat, heat_map
+from hapo_async.report.heatmap import COLUMNS_SHOWN, ROWS_SHOWN, Heat, heat_map
 
 
 def shades(svg: str) -> dict[tuple[str, float], int]:

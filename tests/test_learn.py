@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hapo_async import algorithms, batch, learn, tally
-from hapo_async.backend import TorchBackend
+from hapo_async import algorithms, batch
 from hapo_async.errors import ConfigError
-from hapo_async.policy import load_policy
+from hapo_async.learner import learn, tally
+from hapo_async.learner.backend import TorchBackend
+from hapo_async.learner.policy import load_policy
 from hapo_async.types import Source, Version
 from tests import learners, reference_loop, samples_learn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hapo_async import perf
+from hapo_async.learner import perf
 
 
 @pytest.fixture(scope="module")

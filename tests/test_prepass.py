@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hapo_async import learn
+from hapo_async.learner import learn
 from hapo_async.objective import objective
 from tests import learners, samples_learn
 

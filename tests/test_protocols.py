@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hapo_async import config, protocols
+from hapo_async import config
 from hapo_async.errors import ConfigError
+from hapo_async.evaluation import protocols
 
 
 def settings(name: str, benchmark: str, *more: str, n: int | None = None, k: int | None = None) -> config.EvalConfig:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
-from hapo_async import questions
-from hapo_async.verdicts import Questions
+from hapo_async.evaluation.verdicts import Questions
+from hapo_async.report import questions
 
 A = Questions(
     "math", {0: {"x": 0.0, "y": 1.0, "z": 0.5}, 5: {"x": 1.0, "y": 0.0, "z": 0.5}}, {"x": "Level 4", "y": "1"}

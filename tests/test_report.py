@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from hapo_async import config, metrics, report, verdicts
+from hapo_async import config, metrics
 from hapo_async.errors import UserError
+from hapo_async.evaluation import verdicts
+from hapo_async.report import page as report
 
 
 class Page(HTMLParser):

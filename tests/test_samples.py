@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hapo_async import samples
+from hapo_async.report import samples
 
 
 def group(step: int, uid: str = "p", correct: int = 0, n: int = 4, teacher: bool = False) -> dict[str, Any]:

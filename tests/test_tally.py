@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from hapo_async import batch, learn, metrics, tally
-from hapo_async.policy import Scores
+from hapo_async import batch, metrics
+from hapo_async.learner import learn, tally
+from hapo_async.learner.policy import Scores
 from hapo_async.types import Version
 from tests import learners, samples_learn
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hapo_async import rollouts, verdicts
+from hapo_async import rollouts
+from hapo_async.evaluation import verdicts
 from hapo_async.types import Answer, Group, GroupKey, Judgement, Prompt, Segment, Source, Verdict, Version, VersionSpan
 
 

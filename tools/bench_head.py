@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hapo_async.head import DEFAULT_CHUNK_TOKENS, peak_extra_bytes, token_logprobs
+from hapo_async.learner.head import DEFAULT_CHUNK_TOKENS, peak_extra_bytes, token_logprobs
 
 TOKENS, VOCAB = 32_768, 152_064
 SIZES = ((2048, 48, 64), (8192, 48, 64), (4096, 1000, 64), (4096, 1000, 1024), (4096, 32_000, 64), (2048, 32_000, 1024))

@@ -18,8 +18,8 @@ from typing import Any
 
 import measured
 
-from hapo_async import charts
-from hapo_async.charts import Line
+from hapo_async.report import charts
+from hapo_async.report.charts import Line
 
 CONFIG = "configs/quickstart.yaml"
 BASE = ["algorithm=sft", "train.steps=14", "learner.lr=1e-4", "eval.every=0"]

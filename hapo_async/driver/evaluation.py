@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import CallFailed
-from hapo_async import evaluate, verdicts
 from hapo_async.config import Config, EvalConfig
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
+from hapo_async.evaluation import evaluate, verdicts
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
 
 EVAL_TRIES = 3

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors import placement
 from actors.learner import LearnerGroup
-from hapo_async import checkpoint, metrics, report, rollouts
+from hapo_async import checkpoint, metrics, rollouts
 from hapo_async.buffer import Buffer
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
@@ -30,6 +30,7 @@ from hapo_async.driver.training import StepTimes, Trained, Trainer
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
+from hapo_async.report import page as report
 from hapo_async.rundir import RunDir
 from hapo_async.types import Version
 

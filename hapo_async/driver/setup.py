@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hapo_async import algorithms, data, evaluate, verify
+from hapo_async import algorithms, data, verify
 from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, DataError
+from hapo_async.evaluation import evaluate
 from hapo_async.types import Prompt
 
 

@@ -12,13 +12,14 @@ from typing import IO, Any
 
 from actors import placement
 from actors.calls import answer
-from hapo_async import analyses, data, evaluate, verdicts, verify
+from hapo_async import data, verify
 from hapo_async.config import Config, EvalConfig
 from hapo_async.driver.evaluation import Evaluator, Scored, summarise
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.setup import check_context, check_libraries, free_name
 from hapo_async.errors import ConfigError, DataError
+from hapo_async.evaluation import analyses, evaluate, verdicts
 from hapo_async.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def evaluate_model(
     """Metrics of ``config.model`` on ``config.data.eval``. Raises UserError before anything starts, RunError after.
 
     settings: how each set is asked; ``config.eval`` when not given. bootstrap: draws of bootstrap pass@k, 0 for none. save:
-    a file for all answers. analyse: also what ``hapo_async.analyses`` measures.
+    a file for all answers. analyse: also what ``hapo_async.evaluation.analyses`` measures.
     """
     verify.resolve(config.verifier.name)
     check_libraries(config, None)

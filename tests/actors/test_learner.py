@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors import placement, weights
 from actors.learner import LearnerGroup, LearnerRank, check_overrides
 from actors.reference import FrozenReference
-from hapo_async import learn, metrics
-from hapo_async.backend import TorchBackend
+from hapo_async import metrics
 from hapo_async.errors import ConfigError, RunError
-from hapo_async.policy import load_policy
+from hapo_async.learner import learn
+from hapo_async.learner.backend import TorchBackend
+from hapo_async.learner.policy import load_policy
 from hapo_async.types import Version
 from hapo_async.weights import Staging
 from tests import reference_loop, samples_learn

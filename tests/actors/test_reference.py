@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hapo_async import batch, tally
+from hapo_async import batch
+from hapo_async.learner import tally
 from hapo_async.types import Source, Version
 from tests import learners, samples_learn
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from actors.calls import CallFailed
-from hapo_async import config, metrics, verdicts
+from hapo_async import config, metrics
 from hapo_async.config import EvalConfig
 from hapo_async.driver import fleet as fleets
 from hapo_async.driver.evaluation import Evaluator, Scored
 from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.evaluation import verdicts
 from hapo_async.types import Prompt
 from tests.driver.stand_ins import StandInGenerator, StandInJudges
 

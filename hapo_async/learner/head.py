@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hapo_async.head_kernels import Cut, Projection, Scores, Tokens, Workspace, block_rows, score, score_grad
+from hapo_async.learner.head_kernels import Cut, Projection, Scores, Tokens, Workspace, block_rows, score, score_grad
 
 DEFAULT_CHUNK_TOKENS = 8192
 """At most so many tokens' logits exist at one time; fewer where they would take more than WORKSPACE_BYTES."""

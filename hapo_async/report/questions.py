@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from hapo_async import evaluate
-from hapo_async.heatmap import Heat, heat_map
-from hapo_async.panels import Panel, Section
-from hapo_async.verdicts import Questions
+from hapo_async.evaluation import evaluate
+from hapo_async.evaluation.verdicts import Questions
+from hapo_async.report.heatmap import Heat, heat_map
+from hapo_async.report.panels import Panel, Section
 
 
 class Exclusive(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
-from hapo_async.policy import PolicyModel, adamw
+from hapo_async.learner.policy import PolicyModel, adamw
 
 
 class Update(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hapo_async import diversity
+from hapo_async.evaluation import diversity
 
 _LINES_READ = 16  # groups looked at per place, from which the most telling are shown
 _TEXT_SHOWN = 900  # characters of one text; the rest is counted

@@ -5,7 +5,7 @@ The same code runs under DeepSpeed (``actors.zero``) and in a single plain proce
 Per step:
 
     sequences of each mini-batch -> micro-batches, padded with dummies to the maximum over ranks
-    scores under the policy that the step starts from, where something is compared with them (``hapo_async.prepass``)
+    scores under the policy that the step starts from, where something is compared with them (``hapo_async.learner.prepass``)
     per mini-batch: forward, objective, backward per micro-batch -> clipped update, or none when anything is not finite
 
 Losses are divided by global counts (``batch.plan_step``), so micro-batches and ranks simply add up.
@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hapo_async import algorithms, perf, prepass
-from hapo_async.backend import Anchors, Backend, Reference, Update, nbytes
+from hapo_async import algorithms
 from hapo_async.batch import MicroBatch, StepPlan, dummy, pack, trained_positions
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError
+from hapo_async.learner import perf, prepass
+from hapo_async.learner.backend import Anchors, Backend, Reference, Update, nbytes
+from hapo_async.learner.policy import Scores, layout_for, schedule, split
+from hapo_async.learner.prepass import Before
+from hapo_async.learner.tally import RankReport, Tally
 from hapo_async.objective import objective
-from hapo_async.policy import Scores, layout_for, schedule, split
-from hapo_async.prepass import Before
 from hapo_async.reduction import Normaliser
-from hapo_async.tally import RankReport, Tally
 from hapo_async.upge import TokenBatch
 
 if TYPE_CHECKING:

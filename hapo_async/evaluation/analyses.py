@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hapo_async.diversity import distinctness
-from hapo_async.head import reference_topk, token_logprobs
+from hapo_async.evaluation.diversity import distinctness
+from hapo_async.learner.head import reference_topk, token_logprobs
 
 COVERAGE = (1, 4, 8, 16)
 ANSWERS = 32  # per prompt: the papers' number

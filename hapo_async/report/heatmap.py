@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hapo_async.charts import format_value
+from hapo_async.report.charts import format_value
 
 Cells = Sequence[Sequence[float | None]]
 

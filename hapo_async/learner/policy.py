@@ -10,8 +10,8 @@ from torch import nn
 
 from hapo_async.batch import Layout, MicroBatch
 from hapo_async.config import Config
-from hapo_async.critic import ValueHead
-from hapo_async.head import ChunkedHead
+from hapo_async.learner.critic import ValueHead
+from hapo_async.learner.head import ChunkedHead
 
 
 class PolicyModel(nn.Module):
@@ -48,7 +48,7 @@ class PolicyModel(nn.Module):
     def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         """[N, C]: scores of the N trained tokens, side by side; ``split`` takes them apart again.
 
-        ``wanted`` is what ``hapo_async.head`` is to return besides log-probs. The critic's values come always where
+        ``wanted`` is what ``hapo_async.learner.head`` is to return besides log-probs. The critic's values come always where
         there is a value head: a parameter that took part in some passes only would keep an old gradient under ZeRO-3.
         One output, because ZeRO-3 hooks every output tensor: were one of several not part of the loss on some rank (no
         token with a negative advantage, a dummy), that rank's backward would gather in another order than the others',

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from rich.table import Table
 
-from hapo_async import metrics, questions, verdicts
-from hapo_async.charts import SMALL, Line, format_value, line_chart
+from hapo_async import metrics
 from hapo_async.errors import ConfigError
-from hapo_async.panels import Panel, Section, recorded
-from hapo_async.verdicts import Questions
+from hapo_async.evaluation import verdicts
+from hapo_async.evaluation.verdicts import Questions
+from hapo_async.report import questions
+from hapo_async.report.charts import SMALL, Line, format_value, line_chart
+from hapo_async.report.panels import Panel, Section, recorded
 
 # What the table shows, where both runs have it; --json gives every metric that both recorded.
 SHOWN = (
@@ -114,7 +116,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 def write(found: Comparison, path: Path) -> None:
     """One self-contained page. Raises ConfigError where it cannot be written."""
-    from hapo_async.report import page
+    from hapo_async.report.page import page
 
     curves = [_panel(pair) for pair in _shown(found.pairs) if len(pair.steps) > 1 and any(pair.a + pair.b)]
     maps = [questions.difference_map(a, b, steps) for a, b, steps in found.questions]

@@ -157,8 +157,8 @@ def _scaled(value: float, suffixes: Sequence[str] = ("", "k", "M", "G")) -> str:
 
 def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
     """Round values that cover [low, high], about ``count`` of them; ``whole`` ones are integers."""
-    if high <= low:
-        high = low + (abs(low) or 1) * 0.1
+    if high - low < 1e-200:  # one value, as far as a drawing can tell
+        high = low + (abs(low) if abs(low) > 1e-100 else 1) * 0.1
     rough = max((high - low) / count, 1.0 if whole else 0.0)
     unit = 10.0 ** math.floor(math.log10(rough))
     sizes = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)

@@ -19,11 +19,13 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from hapo_async import metrics, panels, questions, samples, verdicts
+from hapo_async import metrics
 from hapo_async.bottleneck import bottleneck
-from hapo_async.charts import SMALL, Line, format_value, line_chart, sparkline
 from hapo_async.errors import UserError
-from hapo_async.panels import STAGES, Panel, Section, recorded
+from hapo_async.evaluation import verdicts
+from hapo_async.report import panels, questions, samples
+from hapo_async.report.charts import SMALL, Line, format_value, line_chart, sparkline
+from hapo_async.report.panels import STAGES, Panel, Section, recorded
 
 Rows = Sequence[dict[str, Any]]
 

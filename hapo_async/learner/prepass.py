@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hapo_async import critic, preference, reduction
-from hapo_async.backend import Backend
+from hapo_async import preference, reduction
 from hapo_async.batch import MicroBatch
-from hapo_async.policy import Scores, split
+from hapo_async.learner import critic
+from hapo_async.learner.backend import Backend
+from hapo_async.learner.policy import Scores, split
 from hapo_async.reduction import Normaliser
 from hapo_async.upge import Options, TokenBatch
 

@@ -13,8 +13,8 @@ from typing import Any
 from markupsafe import Markup
 
 from hapo_async import metrics
-from hapo_async.charts import LARGE, SMALL, Line, line_chart, stack_chart
-from hapo_async.heatmap import Heat, heat_map
+from hapo_async.report.charts import LARGE, SMALL, Line, line_chart, stack_chart
+from hapo_async.report.heatmap import Heat, heat_map
 
 Rows = Sequence[Mapping[str, Any]]
 
