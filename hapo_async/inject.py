@@ -160,7 +160,7 @@ def why_nothing(gated: GatedGroup, options: Mapping[str, Any]) -> str:
         return "no_teacher"
     if gated.judgements and gated.judged.sum() < min(2, len(gated.judgements)):
         return "unverified"
-    if gated.judgements and _filtered(_rollouts(gated, Setting(options)), options):
+    if gated.judgements and len(set(gated.rewards[gated.judged] == 1.0)) == 1:  # by the filter, or by ``keep``
         return "zero_variance"
     return "nothing_to_train"
 

@@ -245,7 +245,9 @@ def test_a_filter_drops_groups_of_equal_rewards_and_says_so():
 
 def test_the_reason_why_nothing_trains():
     assert why_nothing(make([1.0, None, None])[0], {"filter": "zero_variance"}) == "unverified"
-    assert why_nothing(make([0.0, 0.0])[0], {}) == "nothing_to_train"
+    for rewards in ([0.0, 0.0], [1.0, 1.0, None]):  # of NSR and PSR, too, which filter nothing
+        assert why_nothing(make(rewards)[0], {}) == "zero_variance"
+    assert why_nothing(make([0.0, 1.0])[0], {}) == "nothing_to_train"
     assert why_nothing(replace(make([0.0, 0.0])[0], judgements=()), {}) == "nothing_to_train"
     assert why_nothing(replace(make([0.0], rejected="wrong")[0], judgements=()), {}) == "no_teacher"
 

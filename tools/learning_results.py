@@ -34,7 +34,10 @@ DEMONSTRATIONS: dict[str, list[str]] = {
     "hpt, SFT for 40 steps, then RL": ["options.sft_steps=40", "options.gamma=-1"],
 }
 REWARDS = ["eval.temperature=1.0", "train.steps=60", "data.demonstrations=0", "learner.lr=2e-4"]
-OFFLINE = ["eval.temperature=1.0", "train.steps=80", "data.limit=512", "learner.lr=1e-4", "learner.warmup_steps=5"]
+OFFLINE = [
+    *("eval.temperature=1.0", "eval.every=10", "data.limit=512"),
+    *("train.steps=40", "learner.lr=1e-5", "learner.warmup_steps=5"),  # at 1e-4 most of them lose what they had
+]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Off-RL and FPA, trained far beyond the point where Off-RL stops gaining, on the same cached answers. Resumable.
 
-    python tools/prolonged_offline.py                 # 600 steps each: about five minutes on two cores
+    python tools/prolonged_offline.py                 # 400 steps each: about five minutes on two cores
     python tools/prolonged_offline.py --steps 1500 --seeds 0 1 2
 
 The paper of FPA says that under Off-RL the log-probs of correct answers fall in the long run (the weights of wrong ones
@@ -33,9 +33,9 @@ STYLE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--lr", default="1e-4")
+    parser.add_argument("--lr", default="1e-5")
     parser.add_argument("--also", nargs="*", default=[], help="further key=value overrides")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()

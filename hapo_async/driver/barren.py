@@ -42,7 +42,7 @@ def _explain(reason: str, judgements: Sequence[Judgement]) -> str:
     if reason == "zero_variance":
         return (
             "none could be trained on: their answers were all right or all wrong. The data are too easy or too hard for "
-            "this model. Use others, a larger sampling.n, or options.filter=none."
+            "this model, or it has learnt them. Use others, a larger sampling.n, or an algorithm that trains on such groups too."
         )
     if reason == "no_teacher":
         return (

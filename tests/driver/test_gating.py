@@ -164,7 +164,7 @@ def test_the_last_batch_is_what_the_filter_left():
 
 
 def test_data_without_any_variance_stop_the_run_and_say_why():
-    with pytest.raises(RunError, match=r"'zero_variance'.*all right or all wrong.*options\.filter=none"):
+    with pytest.raises(RunError, match=r"'zero_variance'.*all right or all wrong.*larger sampling\.n"):
         run(
             prompts=50,
             algorithm="dapo",
