@@ -34,6 +34,7 @@ DEMONSTRATIONS: dict[str, list[str]] = {
     "hpt, SFT for 40 steps, then RL": ["options.sft_steps=40", "options.gamma=-1"],
 }
 REWARDS = ["eval.temperature=1.0", "train.steps=60", "data.demonstrations=0", "learner.lr=2e-4"]
+FEWER = {"nsr": ["train.steps=30"]}  # soon there is hardly a wrong answer left
 OFFLINE = [
     *("eval.temperature=1.0", "eval.every=10", "data.limit=512"),
     *("train.steps=40", "learner.lr=1e-5", "learner.warmup_steps=5"),  # at 1e-4 most of them lose what they had
@@ -103,7 +104,7 @@ def parts() -> dict[str, dict[str, list[str]]]:
     rest = [algorithms.get(n) for n in algorithms.names() if n not in DEMONSTRATIONS]
     return {
         "demonstrations": DEMONSTRATIONS,
-        "rewards": {a.name: REWARDS for a in rest if not a.offline},
+        "rewards": {a.name: REWARDS + FEWER.get(a.name, []) for a in rest if not a.offline},
         "offline": {a.name: OFFLINE for a in rest if a.offline},
     }
 
