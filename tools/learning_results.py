@@ -26,7 +26,8 @@ from hapo_async import algorithms
 CONFIG = "configs/quickstart.yaml"
 BASE = ["algorithm=sft", "train.steps=14", "learner.lr=1e-4", "eval.every=0"]
 DEMONSTRATIONS: dict[str, list[str]] = {
-    **{name: [] for name in ("sft", "luffy", "srft", "hpt", "hpt_off_on", "hpt_mix_on", "hapo", "hapo_apo")},
+    **{name: [] for name in ("sft", "luffy", "hpt", "hpt_off_on", "hpt_mix_on", "hapo", "hapo_apo")},
+    "srft": ["learner.lr=5e-5"],  # at the others' 3e-4 its unbounded −ℓ of wrong answers ends at 0
     "hapo, gate.decision=thompson": ["gate.decision=thompson"],
     "hapo, gate.decision=pooled": ["gate.decision=pooled", "gate.decay=0.5"],
     "hapo, threshold .8 to .2 (sigmoid)": ["gate.schedule={kind: sigmoid, end: 0.2}"],
@@ -103,7 +104,7 @@ def parts() -> dict[str, dict[str, list[str]]]:
     """Every algorithm of the table, in the part that it can be measured in."""
     rest = [algorithms.get(n) for n in algorithms.names() if n not in DEMONSTRATIONS]
     return {
-        "demonstrations": DEMONSTRATIONS,
+        "demonstrations": {name: ["train.steps=100", *more] for name, more in DEMONSTRATIONS.items()},
         "rewards": {a.name: REWARDS + FEWER.get(a.name, []) for a in rest if not a.offline},
         "offline": {a.name: OFFLINE for a in rest if a.offline},
     }

@@ -126,6 +126,7 @@ THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             _quadrants("Entropy by sign of advantage and entropy", "policy/entropy"),
             _quadrants("Tokens by sign of advantage and entropy", "policy/quadrant_frac"),
             _one("Objective, −J", "loss/value", None),
+            _one("Objective, −J, on held-out prompts", "offline/holdout_loss", None),
             Chart(
                 "Parts of the objective",
                 (
