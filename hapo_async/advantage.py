@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hapo_async.errors import ConfigError
+from hapo_async.types import SUCCESS
 
 if TYPE_CHECKING:
     from hapo_async.inject import TrainGroup
@@ -185,7 +186,7 @@ def _rloo(rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
 
 def _reinforce(rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """+1 for a success (R = 1), -1 for anything else."""
-    return np.where(rewards == 1.0, 1.0, -1.0)
+    return np.where(rewards >= SUCCESS, 1.0, -1.0)
 
 
 def _none(rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
@@ -208,22 +209,22 @@ def _reinforce_pp(rewards: np.ndarray, judged: np.ndarray, lengths_PG: Any = Non
 
 def _psr(rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """+1 for a success, 0 for anything else."""
-    return np.where(rewards == 1.0, 1.0, 0.0)
+    return np.where(rewards >= SUCCESS, 1.0, 0.0)
 
 
 def _nsr(rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """0 for a success, -1 for anything else."""
-    return np.where(rewards == 1.0, 0.0, -1.0)
+    return np.where(rewards >= SUCCESS, 0.0, -1.0)
 
 
 def _w_reinforce(rewards: np.ndarray, judged: np.ndarray, lam: float = 0.1) -> np.ndarray:
     """+lam for a success, -1 for anything else."""
-    return np.where(rewards == 1.0, lam, -1.0)
+    return np.where(rewards >= SUCCESS, lam, -1.0)
 
 
 def _a_star_po(scores: np.ndarray, judged: np.ndarray, beta1: float = 0.5, rewards: str = "signed") -> np.ndarray:
     """r - V*, V* = beta1 log mean exp(r / beta1) over the group; r is 1 for a success, else -1 (signed) or 0 (binary)."""
-    r = np.where(scores == 1.0, 1.0, -1.0 if rewards == "signed" else 0.0)
+    r = np.where(scores >= SUCCESS, 1.0, -1.0 if rewards == "signed" else 0.0)
     top = np.where(judged, r, -1.0).max(-1, keepdims=True, initial=-1.0)
     total = np.where(judged, np.exp(np.minimum(r - top, 0.0) / beta1), 0.0).sum(-1, keepdims=True)
     mean = np.where(total > 0, total, 1.0) / np.maximum(judged.sum(-1, keepdims=True), 1)

@@ -32,6 +32,7 @@ from hapo_async import checkpoint
 from hapo_async.errors import ConfigError, DataError
 from hapo_async.recipe import Recipe
 from hapo_async.types import (
+    SUCCESS,
     Answer,
     Group,
     GroupHeader,
@@ -70,7 +71,7 @@ class Entry:
     @property
     def outcome(self) -> str:
         """``mixed``: judged answers of both kinds; else why there is nothing to compare."""
-        right = [j.reward == 1.0 for j in self.judgements if j.reward is not None]
+        right = [j.reward >= SUCCESS for j in self.judgements if j.reward is not None]
         if not right:
             return "unverified"
         return "all correct" if all(right) else MIXED if any(right) else "all wrong"
@@ -151,6 +152,8 @@ class AnswerCache:
     def open(cls, folder: Path, recipe: Recipe) -> AnswerCache:
         """What the folder holds, which may be nothing. Raises ConfigError when its answers do not fit the recipe,
         DataError when a complete cache is damaged."""
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"data.answers={str(folder)!r} is a file; it must be a folder, which may not exist yet.")
         cache = cls(folder, recipe)
         cache._check_recipe()
         cache.complete = (folder / checkpoint.MANIFEST).exists()
@@ -338,7 +341,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Replaced whole and synced with its folder."""
-    beside = path.with_name(f".{path.name}.writing")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with beside.open("wb") as file:
         file.write(content)
         file.flush()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hapo_async import terms
 from hapo_async.reduction import Normaliser
+from hapo_async.types import SUCCESS
 from hapo_async.upge import Contribution, Mean, Segments, TokenBatch, Tokens, log_ratio, wide
 
 
@@ -79,7 +80,7 @@ def _by_outcome(batch: TokenBatch, t: Tokens) -> dict[str, Mean]:
     segments = t.segments
     reward = batch.rewards(t.selected)
     out: dict[str, Mean] = {}
-    for which, tokens in (("correct", reward == 1), ("incorrect", (reward != 1) & ~torch.isnan(reward))):
+    for which, tokens in (("correct", reward >= SUCCESS), ("incorrect", reward < SUCCESS)):
         tokens = tokens & t.selected
         chosen = _any(segments, tokens)
         answers = chosen.sum()

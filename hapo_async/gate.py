@@ -27,7 +27,7 @@ from hapo_async.config import Config, GateConfig
 from hapo_async.errors import ConfigError
 from hapo_async.posterior import Evidence
 from hapo_async.schedule import exact
-from hapo_async.types import GateDecision, GroupKey, Teacher
+from hapo_async.types import SUCCESS, GateDecision, GroupKey, Teacher
 
 
 def decide(
@@ -76,7 +76,7 @@ def decide(
     if teacher is None:
         return decision(True, no_teacher_reason(teachers))
     replaced = choose_replaced(rewards, judged, lengths_G, versions_G, config.ties, rng_seed)
-    if config.mode != "always" and judged[replaced] and rewards[replaced] == 1.0:
+    if config.mode != "always" and judged[replaced] and rewards[replaced] >= SUCCESS:
         return decision(False, "blocked: only correct answers could be replaced")
     return decision(True, "", replaced, teacher)
 
@@ -100,7 +100,7 @@ def threshold(config: GateConfig, progress: float | Fraction) -> Fraction:
 
 def count_successes(rewards_G: np.ndarray, judged_G: np.ndarray) -> int:
     """S: judged answers with R = 1."""
-    return int(((np.asarray(rewards_G) == 1.0) & np.asarray(judged_G, bool)).sum())
+    return int(((np.asarray(rewards_G) >= SUCCESS) & np.asarray(judged_G, bool)).sum())
 
 
 def usable_teachers(teachers: Sequence[Teacher]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hapo_async.algorithms import Algorithm
 from hapo_async.buffer import Ready
-from hapo_async.types import GateDecision, Judgement, Source
+from hapo_async.types import SUCCESS, GateDecision, Judgement, Source
 
 CONFIDENCE_BINS = 10
 
@@ -51,7 +51,9 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
         **_components([j for g in sampled for j in g.gated.judgements]),
         **histogram(gates),
         **(decisions(gates) if algorithm.uses_gate else {}),
-        "gate/degenerate": sum(g.train.rollouts > 0 and all(r.reward == 1 for r in g.train.rows) for g in injected),
+        "gate/degenerate": sum(
+            g.train.rollouts > 0 and all(r.reward >= SUCCESS for r in g.train.rows) for g in injected
+        ),
         "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
     }
     return out

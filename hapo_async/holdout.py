@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -47,7 +48,7 @@ class EarlyStop:
 
     def see(self, step: int, loss: float) -> None:
         """Takes the loss of an evaluation; one that is not a number is no improvement."""
-        if self.best is None or loss < self.best:
+        if not math.isnan(loss) and (self.best is None or loss < self.best):
             self.best, self.best_step, self.waited = loss, step, 0
         else:
             self.waited += 1
@@ -58,10 +59,8 @@ class EarlyStop:
 
     def text(self) -> str:
         """Why the run ends, for people."""
-        return (
-            f"the held-out loss has not improved for {self.waited} evaluations; its best, {self.best:.4g}, was at step "
-            f"{self.best_step}"
-        )
+        best = "none was a number" if self.best is None else f"its best, {self.best:.4g}, was at step {self.best_step}"
+        return f"the held-out loss has not improved for {self.waited} evaluations; {best}"
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint; the patience is the configuration's."""

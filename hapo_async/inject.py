@@ -20,7 +20,7 @@ import numpy as np
 from hapo_async import advantage as advantages
 from hapo_async import gate
 from hapo_async.reduction import match_pairs
-from hapo_async.types import GatedGroup, Group, GroupKey, Source, Teacher
+from hapo_async.types import SUCCESS, GatedGroup, Group, GroupKey, Source, Teacher
 
 TEACHER_REWARD = 1.0
 """Only teachers that the verifier found correct are ever injected (``Teacher.rejected`` is None for no others)."""
@@ -160,7 +160,7 @@ def why_nothing(gated: GatedGroup, options: Mapping[str, Any]) -> str:
         return "no_teacher"
     if gated.judgements and gated.judged.sum() < min(2, len(gated.judgements)):
         return "unverified"
-    if gated.judgements and len(set(gated.rewards[gated.judged] == 1.0)) == 1:  # by the filter, or by ``keep``
+    if gated.judgements and len(set(gated.rewards[gated.judged] >= SUCCESS)) == 1:  # by the filter, or by ``keep``
         return "zero_variance"
     return "nothing_to_train"
 
@@ -332,7 +332,7 @@ def overlong_penalty(row: Row, options: Mapping[str, Any]) -> float:
 
 def _keep_paired(rows: tuple[Row, ...], options: Mapping[str, Any]) -> tuple[Row, ...]:
     """Rows of the policy in a preference pair; a row in none is not trained."""
-    rollouts = [row for row in rows if row.source is Source.POLICY]
+    rollouts = [row for row in rows if row.source is Source.POLICY and row.length > 0]
     pairs = match_pairs([row.reward if row.judged else math.nan for row in rollouts], options["pairs"])
     paired = {i for pair in pairs for i in pair}
     return tuple(row for i, row in enumerate(rollouts) if i in paired)

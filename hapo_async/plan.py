@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hapo_async.config import Config
+from hapo_async.learner.learn import needs_of
 from hapo_async.types import Prompt
 
 GIB = 1 << 30
@@ -42,12 +43,15 @@ def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) ->
     bf16 = c.learner.dtype == "bfloat16" or (c.learner.dtype == "auto" and torch.cuda.is_available())
     width = c.generator.tensor_parallel * c.generator.pipeline_parallel
     rank = learner_bytes(parameters, c.learner.ranks, c.learner.zero_stage, bf16)
+    if "reference" in needs_of(c):
+        shared = c.learner.ranks if c.learner.zero_stage == 3 else 1
+        rank += parameters * (2 if bf16 else 4) // shared
     yield (
         f"placement: learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} bundles; "
         f"verifiers {c.verifier.count}"
     )
     yield f"model: {parameters:,} parameters in {model_path}"
-    yield f"memory, weights and optimizer state without activations: {rank / GIB:.3f} GiB per learner rank"
+    yield f"memory, weights, reference and optimizer state without activations: {rank / GIB:.3f} GiB per learner rank"
     yield f"memory, weights without KV cache: {parameters * (2 if bf16 else 4) / width / GIB:.3f} GiB per generator bundle"
     yield f"first prompt ({len(prompt.tokens)} tokens): {tokenizer.decode(prompt.tokens)!r}"
     yield f"first token ids: {prompt.tokens[:16].tolist()}"

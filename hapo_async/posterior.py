@@ -50,12 +50,15 @@ class Posteriors:
         last = self._visits.get(key.uid)
         if last is None:
             return Evidence()
-        if last.epoch == key.epoch:
+        if key.epoch <= last.epoch:
             return last.before
         return Evidence(self.decay * last.now.successes, self.decay * last.now.failures)
 
     def record(self, key: GroupKey, successes: int, failures: int) -> None:
-        """Adds the visit's own group."""
+        """Adds the visit's own group; one that comes after a later visit's is left out: that one stands for it."""
+        last = self._visits.get(key.uid)
+        if last is not None and key.epoch < last.epoch:
+            return
         before = self.before(key)
         now = Evidence(before.successes + successes, before.failures + failures)
         self._visits[key.uid] = _Visit(key.epoch, before, now)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hapo_async.types import Source
+from hapo_async.types import SUCCESS, Source
 from hapo_async.upge import Segments, TokenBatch, wide
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def group_confidence(batch: TokenBatch) -> Tensor:
     trained = batch.trained
     rows = torch.stack([batch.groups[trained], batch.sequences[trained], batch.teachers[trained].long()])
     group, sequence, is_teacher = torch.unique(rows, dim=1)
-    right = (batch.reward.to(group.device)[sequence] == 1) & (is_teacher == 0)
+    right = (batch.reward.to(group.device)[sequence] >= SUCCESS) & (is_teacher == 0)
     top = int(group.max()) + 1 if len(group) else 1
     judged = torch.bincount(group, minlength=top)
     successes = torch.bincount(group, weights=right.double(), minlength=top)
@@ -161,8 +161,8 @@ def match_pairs(rewards: Sequence[float], how: str) -> list[tuple[int, int]]:
 
     how: ``zip`` pairs them in order until one side runs out, ``all`` pairs each with each, ``one`` the first of both.
     """
-    winners = [i for i, r in enumerate(rewards) if r == 1]
-    losers = [i for i, r in enumerate(rewards) if r != 1 and not math.isnan(r)]
+    winners = [i for i, r in enumerate(rewards) if r >= SUCCESS]
+    losers = [i for i, r in enumerate(rewards) if r < SUCCESS]
     if how == "all":
         return [(w, l) for w in winners for l in losers]  # noqa: E741
     pairs = list(zip(winners, losers, strict=False))

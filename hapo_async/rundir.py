@@ -83,8 +83,11 @@ def _replace(path: Path, text: str, sync: bool = False) -> None:
 
 def _lock(path: Path) -> IO[str]:
     """Opens and locks the folder's lock file. Raises ConfigError when another driver holds it."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = (path / LOCK).open("a+")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("a+")
+    except OSError as error:
+        raise ConfigError(f"run.dir={str(path)!r} cannot be used: {error.strerror}. Give another run.dir.") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

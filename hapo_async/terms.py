@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hapo_async import upge
 from hapo_async.anchor import anchored
+from hapo_async.types import SUCCESS
 from hapo_async.upge import Contribution, Mean, Options, Tokens, clip_range, clipped, contribution, log_ratio
 
 Ratio = Literal["none", "proximal", "sequence", "behaviour", "weight"]
@@ -73,7 +74,7 @@ def srft_rollouts(t: Tokens, options: Options) -> Contribution:
     """SRFT's own answers: own_coef e^H l where correct, -l where wrong, nothing where unjudged."""
     reward = t.batch.rewards(t.selected)
     correct = options["own_coef"] * _sequence_entropy(t).exp()
-    factor = torch.where(reward == 1, correct, torch.where(torch.isnan(reward), 0.0, -1.0))
+    factor = torch.where(reward >= SUCCESS, correct, torch.where(torch.isnan(reward), 0.0, -1.0))
     return contribution(t, factor * t.logp, factor * upge.THETA.gain(t.logp, t.logp_prox), torch.ones_like(t.selected))
 
 

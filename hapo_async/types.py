@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+SUCCESS = 1.0
+"""An answer with at least this reward is a success: for the gate, for pairs, for signed advantages, for accuracies."""
+
 
 class Source(enum.IntEnum):
     """Who wrote a token. The loss mask derives from it: policy and teacher tokens train, others do not."""

@@ -263,6 +263,10 @@ def test_early_stopping_counts_evaluations_without_a_better_loss():
     assert "step 5" in early.text() and "0.5" in early.text()
     again = EarlyStop(3, **json.loads(json.dumps(early.state())))
     assert (again.best, again.best_step, again.waited, again.due) == (0.5, 5, 2, False)
+    broken = EarlyStop(2)
+    for step, loss in enumerate((float("nan"), 1.0, 0.9)):
+        broken.see(step, loss)
+    assert (broken.best, broken.best_step, broken.due) == (0.9, 2, False)
     never = EarlyStop(0)
     for step in range(9):
         never.see(step, 1.0)

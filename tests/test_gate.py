@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from hapo_async import algorithms, gate
+from hapo_async import advantage, algorithms, gate, reduction
 from hapo_async import config as configs
 from hapo_async.config import GateConfig
 from hapo_async.errors import ConfigError
@@ -276,3 +276,15 @@ def test_every_variant_of_a_gate_that_cannot_work_is_refused(overrides, says):
 )
 def test_a_gate_that_can_close_is_fine(overrides):
     check("sampling.n=8", *overrides)
+
+
+def test_a_reward_above_one_is_a_success_everywhere():
+    """A plug-in may add a bonus to a correct answer: the judge calls it correct, and so does everything that trains."""
+    rewards = [1.1, 0.0, 1.1, 0.0]
+    assert gate.count_successes(np.array(rewards), np.ones(4, bool)) == 2
+    decision = decide([1.1] * 8, gamma=0.8)
+    assert decision.successes == 8 and not decision.is_open
+    for name, wrong in (("reinforce", -1), ("psr", 0)):
+        assert advantage.compute(name, rewards).tolist() == [1, wrong, 1, wrong]
+    assert advantage.compute("nsr", rewards).tolist() == [0, -1, 0, -1]
+    assert reduction.match_pairs([1.1, 0.0, 1.0], "all") == [(0, 1), (2, 1)]

@@ -93,3 +93,12 @@ def test_without_a_past_pooling_is_the_mean_and_other_decisions_ignore_the_past(
         assert pooled(successes, None) == pooled(successes, Evidence()) == pooled(successes, None, "mean")
         assert pooled(successes, Evidence(0.0, 99.0), "mean") == pooled(successes, None, "mean")
     assert gate.confidence(7, 8, Evidence(8.0, 2.0)) == Fraction(4, 5)
+
+
+def test_a_visit_that_is_sampled_again_after_a_later_one_still_counts_once():
+    past = Posteriors(decay=1.0)
+    past.record(GroupKey(0, "a", 0), 0, 8)
+    past.record(GroupKey(1, "a", 0), 8, 0)
+    past.record(GroupKey(0, "a", 1), 0, 8)
+    assert past.before(GroupKey(2, "a", 0)) == (8, 8)
+    assert past.before(GroupKey(0, "a", 2)) == (0, 8)  # what is there, when that of its own time is gone

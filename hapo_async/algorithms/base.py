@@ -156,7 +156,7 @@ class Algorithm:
         return options
 
     def _check_group_size(self, n: int, options: Options) -> None:
-        compares = advantages.needs_group(self.advantage_for(options)) or self.keep == "paired"
+        compares = advantages.needs_group(self.advantage_for(options)) or self.offline
         if self.composition != "demonstrations" and compares and n < 2:
             raise ConfigError(
                 f"sampling.n={n} with algorithm={self.name!r}: it compares the answers of a group, and a single answer "

@@ -84,11 +84,7 @@ class Offline:
         """Reads what is there. Raises ConfigError for answers that do not fit the run, and for a run that has trained
         but lost its answers; DataError for damaged ones, and for complete ones that nothing can be learnt from."""
         c = prepared.config
-        patience = int(prepared.options["patience"]) if "patience" in prepared.options else 0
-        if patience and not c.eval.every:
-            raise ConfigError(
-                f"options.patience={patience} counts evaluations, but eval.every=0 makes none while training. Set eval.every."
-            )
+        patience = int(prepared.options["patience"])
         folder = Path(c.data.answers).expanduser() if c.data.answers else run_dir / NAME
         cache = AnswerCache.open(folder, Recipe.of(c, prepared.prompts, prepared.model_path))
         early = EarlyStop(patience, **(resumed.driver.get("offline", {}) if resumed else {}))
@@ -181,7 +177,13 @@ class Offline:
             found = iter(await learner.score(sequences))
             for uid, group in zip(part, groups, strict=True):
                 scores[uid] = [next(found) if a.length else np.zeros(0, np.float32) for a in group.answers]
-        await asyncio.to_thread(self.cache.write_reference, scores)
+        try:
+            await asyncio.to_thread(self.cache.write_reference, scores)
+        except OSError as error:
+            raise RunError(
+                f"the reference's log-probs cannot be written to {str(self.cache.folder)!r}: {error.strerror}. Make it "
+                "writable, or copy it and name the copy in data.answers."
+            ) from None
 
     def _read(self, uids: Sequence[str]) -> list[Group]:
         return [self.cache.read(self.prompts[uid], GroupKey(HELD_OUT_EPOCH, uid, 0)) for uid in uids]

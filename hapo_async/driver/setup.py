@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hapo_async import algorithms, data, verify
 from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, DataError
 from hapo_async.evaluation import evaluate
+from hapo_async.learner.policy import adamw, schedule
 from hapo_async.types import Prompt
 
 
@@ -38,17 +41,20 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
     options = algorithm.check_config(config)
     verify.resolve(config.verifier.name)
     check_libraries(config, gpus)
+    check_optimizer(config, options, gpus)
+    check_early_stopping(config, options)
     model_path = data.resolve_model(config.model)
     tokenizer = data.load_tokenizer(model_path)
     prompts, report = data.load_prompts(config, config.data.train, tokenizer, "train")
     reports = {config.data.train: report}
+    taught = [p for p in prompts if any(t.rejected is None for t in p.teachers)]
+    if not taught and (algorithm.composition == "demonstrations" or options.get("sft_steps")):
+        raise DataError(
+            f"algorithm={config.algorithm!r} learns from demonstrations, but no prompt of {config.data.train!r} has a usable "
+            "teacher solution. Name its column with data.columns, or choose another algorithm (or options.sft_steps=0)."
+        )
     if algorithm.composition == "demonstrations":
-        prompts = [p for p in prompts if any(t.rejected is None for t in p.teachers)]
-        if not prompts:
-            raise DataError(
-                f"algorithm={config.algorithm!r} learns from demonstrations, but no prompt of {config.data.train!r} has a "
-                "usable teacher solution. Name its column with data.columns, or choose another algorithm."
-            )
+        prompts = taught
     if not prompts:
         raise DataError(f"{config.data.train!r} holds no usable prompt; see data.max_prompt_tokens and data.columns.")
     eval_sets: dict[str, list[Prompt]] = {}
@@ -59,6 +65,39 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
         eval_sets[free_name(evaluate.set_name(source), eval_sets)] = loaded[: config.eval.limit or None]
     check_context(config, model_path, [*prompts, *(p for loaded in eval_sets.values() for p in loaded)])
     return Prepared(config, algorithm, options, model_path, tokenizer, prompts, eval_sets, reports)
+
+
+def check_optimizer(config: Config, options: Mapping[str, Any], gpus: bool | None) -> None:
+    """The optimizer and its schedule can be made and stepped. Raises ConfigError with what torch or transformers say."""
+    c = config.learner
+    if options.get("skip_grad_norm") and c.zero_stage == 1 and (c.dtype == "bfloat16" or (c.dtype == "auto" and gpus)):
+        raise ConfigError(
+            f"options.skip_grad_norm={options['skip_grad_norm']} does not work with bfloat16 and learner.zero_stage=1. Set "
+            "learner.zero_stage to 2 or 3, or leave the option out."
+        )
+    try:
+        made = schedule(adamw([torch.nn.Parameter(torch.zeros(1))], config), config)
+        made.optimizer.step()
+        made.step()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"learner.lr_schedule={c.lr_schedule!r} with learner.betas={list(c.betas)} does not work: {error} A schedule "
+            "must need nothing but learner.warmup_steps: constant, constant_with_warmup, linear, cosine, ..."
+        ) from None
+
+
+def check_early_stopping(config: Config, options: Mapping[str, Any]) -> None:
+    """Early stopping has evaluations to count and something to measure. Raises ConfigError."""
+    patience = options.get("patience", 0)
+    if patience and not config.eval.every:
+        raise ConfigError(
+            f"options.patience={patience} counts evaluations, but eval.every=0 makes none while training. Set eval.every."
+        )
+    if patience and not options["holdout"]:
+        raise ConfigError(
+            f"options.patience={patience} looks at held-out prompts, but options.holdout=0 holds none out. Set "
+            "options.holdout, or options.patience=0."
+        )
 
 
 def check_context(config: Config, model_path: str, prompts: list[Prompt]) -> None:

@@ -73,8 +73,8 @@ class Learner:
     def __init__(self, backend: Backend, config: Config, reference: Reference | None = None) -> None:
         self.backend = backend
         self.reference = reference
-        self._layout, _ = layout_for(backend.device.type)
         weights = next(backend.policy.parameters()).dtype
+        self._layout, _ = layout_for(backend.device.type, weights)
         self._dtype = torch.float64 if weights == torch.float64 else torch.float32
         self._set(config)
         self.schedule = schedule(backend.torch_optimizer, config)

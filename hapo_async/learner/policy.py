@@ -104,9 +104,10 @@ def split(columns: torch.Tensor, with_value: bool = False, **wanted: Any) -> Sco
     return Scores(**named)
 
 
-def layout_for(device: str) -> tuple[Layout, str]:
-    """(how micro-batches are laid out, which attention runs them): packed rows where flash-attention is installed."""
-    if device == "cuda":
+def layout_for(device: str, dtype: torch.dtype) -> tuple[Layout, str]:
+    """(how micro-batches are laid out, which attention runs them): packed rows where flash-attention is installed and
+    takes the dtype."""
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
         from transformers.utils import is_flash_attn_2_available
 
         if is_flash_attn_2_available():
@@ -120,7 +121,7 @@ def load_policy(
     """Loads a policy for training, with a critic if asked. ``device`` None leaves placement to DeepSpeed."""
     from transformers import AutoModelForCausalLM
 
-    _, attention = layout_for("cuda" if torch.cuda.is_available() else "cpu")
+    _, attention = layout_for("cuda" if torch.cuda.is_available() else "cpu", dtype)
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=dtype, attn_implementation=attention, trust_remote_code=False, low_cpu_mem_usage=True
     )

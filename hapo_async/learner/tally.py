@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hapo_async.batch import MicroBatch
+from hapo_async.types import SUCCESS
 from hapo_async.upge import Mean, TokenBatch
 
 # Counts, reported as (count, any weight): over micro-batches and ranks they add up.
@@ -75,7 +76,7 @@ class Tally:
         if squares is None or not micro.is_real:
             return
         reward = micro.reward[micro.sequence]
-        right, judged = reward == 1, ~torch.isnan(reward)
+        right, judged = reward >= SUCCESS, ~torch.isnan(reward)
         for which, chosen in (("correct", right), ("incorrect", judged & ~right)):
             total = torch.where(chosen & ~micro.is_teacher, squares, 0.0).sum().double() / scale**2
             self._moments.setdefault(_HIDDEN[which], []).append(total)

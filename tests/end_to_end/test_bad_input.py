@@ -29,6 +29,22 @@ CASES = {
         [QUICKSTART, "generator.engine=vllm", "vllm={max_model_length: 1}"],
         ["max_model_length", "max_model_len"],
     ),
+    "unknown schedule": ([QUICKSTART, "learner.lr_schedule=cosin"], ["cosin", "lr_schedule"]),
+    "schedule that needs more": ([QUICKSTART, "learner.lr_schedule=reduce_lr_on_plateau"], ["reduce_lr_on_plateau"]),
+    "impossible betas": ([QUICKSTART, "learner.betas=[0.9, 1.5]"], ["1.5"]),
+    "one cached answer": ([QUICKSTART, "algorithm=fpa", "sampling.n=1"], ["sampling.n=1"]),
+    "patience without evaluations": (
+        [QUICKSTART, "algorithm=fpa", "eval.every=0", "options.patience=2"],
+        ["options.patience=2", "eval.every"],
+    ),
+    "patience without held-out prompts": (
+        [QUICKSTART, "algorithm=fpa", "options={patience: 2, holdout: 0}"],
+        ["options.patience=2", "options.holdout"],
+    ),
+    "demonstrations first, but none": (
+        [QUICKSTART, "algorithm=hpt", "options.sft_steps=5", "data.demonstrations=0"],
+        ["sft_steps", "data.columns"],
+    ),
     "unknown deepspeed argument": ([QUICKSTART, "deepspeed={zero_optimisation: {}}"], ["zero_optimisation"]),
 }
 
@@ -45,6 +61,17 @@ def test_it_ends_with_2_and_names_value_and_fix(case, tmp_path, capsys, monkeypa
     for word in ("error:", *expected):
         assert word in errors, errors
     assert not (tmp_path / "run").exists(), "a run folder was made for a run that could not start"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.answers"])
+def test_a_folder_that_is_a_file(key, tmp_path, capsys, monkeypatch):
+    from actors import placement
+
+    monkeypatch.setattr(placement, "join", lambda actors: pytest.fail("Ray was about to be started"))
+    folders = {"run.dir": tmp_path / "run", key: "README.md"}
+    assert hapo_here("train", QUICKSTART, "algorithm=fpa", *(f"{k}={v}" for k, v in folders.items())) == 2
+    errors = capsys.readouterr().err
+    assert key in errors and "README.md" in errors
 
 
 def test_the_process_says_so_in_one_message_without_a_traceback():
