@@ -123,6 +123,8 @@ def _train(prepared: Any) -> None:
 
 def _print_outcome(outcome: Any, rows: list[tuple[str, float | None, float]]) -> None:
     out.print(f"\n{outcome.steps} steps in {outcome.seconds:.0f} s")
+    if not outcome.seconds:
+        out.print("the run was complete already: nothing was trained")
     if outcome.note:
         out.print(f"stopped early: {outcome.note}", markup=False)
     for name, before, after in rows:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import yaml
+
 from hapo_async.config import Config, to_yaml
 from hapo_async.errors import ConfigError
 
@@ -65,6 +67,14 @@ class RunDir:
 
     def write_config(self) -> None:
         _replace(self.path / "config.yaml", to_yaml(self._config))
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run that the folder holds, as plain data; empty where there is none to read."""
+        try:
+            tree = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return {}
+        return tree if isinstance(tree, dict) else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
         """What ``hapo-async status`` prints; replaced whole, so that a reader never sees half of it."""

@@ -54,6 +54,8 @@ def train(prepared: Prepared) -> Outcome:
     """Runs to the end. Raises UserError before anything started, RunError after."""
     with RunDir(prepared.config) as folder:
         resumed = _find_checkpoint(prepared.config, folder)
+        if resumed:
+            _refuse_another_run(prepared.config, folder)
         if resumed and resumed.step >= prepared.config.train.steps:
             return _already_done(folder, resumed)
         stream = _open_stream(prepared, resumed)  # refuses other data before anything is started or overwritten
@@ -82,6 +84,21 @@ def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | 
             "or run.resume=never to move it aside and start afresh."
         )
     return found
+
+
+def _refuse_another_run(config: Config, folder: RunDir) -> None:
+    """Raises ConfigError where the folder holds a run of another algorithm, model or data: it would be taken for this
+    one's. Other settings may change on the way."""
+    before = folder.read_config()
+    for key, mine in (("algorithm", config.algorithm), ("model", config.model), ("data.train", config.data.train)):
+        there: Any = before
+        for part in key.split("."):
+            there = there.get(part, {}) if isinstance(there, dict) else {}
+        if isinstance(there, str) and there != mine:
+            raise ConfigError(
+                f"run.dir={str(folder.path)!r} holds a run with {key}={there!r}, this one has {key}={mine!r}. Give another "
+                "run.dir, or run.resume=never to move that run aside and start afresh."
+            )
 
 
 def _open_stream(prepared: Prepared, resumed: checkpoint.Checkpoint | None) -> PromptStream:

@@ -49,6 +49,24 @@ def test_a_run_prints_where_its_results_are_and_they_are_there(plain):
     assert "held-out accuracy" in printed
 
 
+@pytest.mark.parametrize("setting", ["algorithm=grpo", f"model={toy.MODEL_DIR}", "data.train=builtin:chain/eval"])
+def test_a_run_of_something_else_is_not_continued(plain, setting, monkeypatch, capsys):
+    from hapo_async.driver import run as runs
+
+    monkeypatch.setattr(runs.placement, "join", lambda actors: pytest.fail("Ray was about to be started"))
+    for steps in (6, 9):  # a run that is complete, and one that would go on
+        overrides = (f"train.steps={steps}", "max_staleness=1", setting)
+        assert hapo_here("train", *SMALL, f"run.dir={plain[0]}", *overrides) == 2
+        errors = capsys.readouterr().err
+        key, value = setting.split("=")
+        assert key in errors and value in errors and "run.resume=never" in errors
+
+
+def test_a_complete_run_says_that_nothing_was_trained(plain, capsys):
+    assert hapo_here("train", *SMALL, f"run.dir={plain[0]}", "train.steps=6", "max_staleness=1") == 0
+    assert "nothing was trained" in capsys.readouterr().out
+
+
 def test_metrics_hold_one_row_per_step_with_declared_names(plain):
     rows = json_lines(plain[0] / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(7))
