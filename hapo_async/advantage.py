@@ -72,7 +72,7 @@ def compute(name: str, rewards_PG: Any, judged_PG: Any = None, **options: Any) -
 
 def needs_group(name: str) -> bool:
     """True when a single answer can have no advantage other than 0."""
-    return ADVANTAGES[_resolve(name)[0]].needs_group
+    return of(name).needs_group
 
 
 def of(name: str) -> Advantage:

@@ -45,17 +45,17 @@ def seal(folder: Path, root: Path, step: int, driver: dict[str, Any]) -> Path:
     manifest = {"step": step, "files": {str(p.relative_to(folder)): _describe(p) for p in files}}
     for path in files:
         path.chmod(0o644)  # safetensors are written for their owner alone; a shared run folder is for colleagues too
-        _sync(path)
+        sync(path)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for sub in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        _sync(sub)
+        sync(sub)
     target = root / f"step-{step}"
     replaced = root / f".step-{step}.replaced"
     if target.exists():
         target.rename(replaced)
     folder.rename(target)
-    _sync(root)
+    sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 
@@ -113,7 +113,8 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

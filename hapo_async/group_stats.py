@@ -39,8 +39,8 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
             "reward/mean": float(np.concatenate(rewards).mean()),
             "reward/std": float(np.mean([r.std() for r in rewards])),
             "groups/zero_variance_frac": float(np.mean([r.max() == r.min() for r in rewards])),
-            "groups/solved_frac": float(np.mean([r.max() >= 1 for r in rewards])),
-            "groups/all_correct_frac": float(np.mean([r.min() >= 1 for r in rewards])),
+            "groups/solved_frac": float(np.mean([r.max() >= SUCCESS for r in rewards])),
+            "groups/all_correct_frac": float(np.mean([r.min() >= SUCCESS for r in rewards])),
         }
     out |= {
         "response/length_mean": float(np.mean(lengths)),

@@ -18,7 +18,7 @@ from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
 from hapo_async.evaluation import evaluate, verdicts
-from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
+from hapo_async.types import SUCCESS, GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
 
 EVAL_TRIES = 3
 
@@ -34,7 +34,7 @@ class Scored:
     @property
     def verdicts(self) -> list[bool | None]:
         """True, False, or None where the verifier failed."""
-        return [None if j.reward is None else j.reward >= 1.0 for j in self.judgements]
+        return [None if j.reward is None else j.reward >= SUCCESS for j in self.judgements]
 
 
 Keep = Callable[[str, Scored, Any], Awaitable[None]]

@@ -30,10 +30,6 @@ class Prepared:
     eval_sets: dict[str, list[Prompt]]
     reports: dict[str, data.DataReport]
 
-    @property
-    def with_teacher(self) -> int:
-        return sum(any(t.rejected is None for t in p.teachers) for p in self.prompts)
-
 
 def prepare(config: Config, gpus: bool | None = None) -> Prepared:
     """Checks and loads. gpus: whether the cluster has GPUs, None when that is not known yet."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hapo_async.types import Group, Judgement, Prompt
+from hapo_async.types import SUCCESS, Group, Judgement, Prompt
 
 FOLDER = "evals"
 QUESTIONS_KEPT = 2048
@@ -89,7 +89,7 @@ def read_answers(path: Path) -> dict[str, Questions]:
     found: dict[str, Questions] = {}
     for row in _rows(path, needs=("set", "answers")):
         verdicts = [a.get("reward") for a in row["answers"]]
-        correct = [None if reward is None else reward >= 1 for reward in verdicts]
+        correct = [None if reward is None else reward >= SUCCESS for reward in verdicts]
         questions = found.setdefault(str(row["set"]), Questions(str(row["set"])))
         _add(questions, 0, {"uid": row.get("uid"), "correct": correct, "level": row.get("level", "")})
     return found

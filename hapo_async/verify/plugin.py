@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_async.errors import ConfigError
-from hapo_async.types import Verdict
+from hapo_async.types import SUCCESS, Verdict
 
 Adapter = Callable[[str, str, Any, Mapping[str, Any]], Any]
 _TRUTH_COLUMNS = ("answer", "solution", "ground_truth", "truth")
@@ -95,7 +95,7 @@ def judge(
     reward = float(result)
     if not math.isfinite(reward):
         return None, Verdict.CRASH, components, f"the verifier returned {reward}: not a reward"
-    return reward, Verdict.CORRECT if reward >= 1 else Verdict.WRONG, components, ""
+    return reward, Verdict.CORRECT if reward >= SUCCESS else Verdict.WRONG, components, ""
 
 
 def _call_named(function: Callable[..., Any], prompt: str, response: str, truth: Any, extra: Mapping[str, Any]) -> Any:
