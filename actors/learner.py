@@ -227,7 +227,7 @@ class LearnerGroup:
         """Another algorithm, its options, another learning rate and schedule, on the same ranks and weights; optimizer
         moments stay. Raises ConfigError for what this learner was not started with."""
         check_needs(config, "reference" in self.needs, "value" in self.needs)
-        fixed = ("ranks", "zero_stage", "dtype", "gradient_checkpointing", "head_chunk_tokens")
+        fixed = ("ranks", "zero_stage", "dtype", "gradient_checkpointing")
         changed = [name for name in fixed if getattr(config.learner, name) != getattr(self.config.learner, name)]
         if changed:
             raise ConfigError(f"learner.{changed[0]} cannot change on a running learner; start another one.")

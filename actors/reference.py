@@ -22,22 +22,22 @@ from hapo_async.learner.policy import PolicyModel, load_policy
 class _TopKHead(nn.Module):
     """Owns the projection, so that ZeRO-3 gathers it exactly around the forward pass."""
 
-    def __init__(self, projection: nn.Linear, chunk_tokens: int) -> None:
+    def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias, self.chunk_tokens = projection.weight, projection.bias, chunk_tokens
+        self.weight, self.bias = projection.weight, projection.bias
 
     def forward(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, logp = reference_topk(hidden, self.weight, k, self.chunk_tokens, self.bias)
+        ids, logp = reference_topk(hidden, self.weight, k, bias=self.bias)
         return ids, logp
 
 
 class _ReferenceModel(nn.Module):
     """One forward for all that is asked of the reference: under ZeRO-3 it is the engine's only entrance."""
 
-    def __init__(self, policy: PolicyModel, chunk_tokens: int) -> None:
+    def __init__(self, policy: PolicyModel) -> None:
         super().__init__()
         self.policy = policy
-        self.topk = _TopKHead(policy.model.get_output_embeddings(), chunk_tokens)
+        self.topk = _TopKHead(policy.model.get_output_embeddings())
 
     def forward(self, micro: MicroBatch, what: Literal["topk", "logp", "states"], *arguments: Any) -> Any:
         if what == "logp":
@@ -66,7 +66,7 @@ class FrozenReference:
         policy.eval().requires_grad_(False)
         self._projection = policy.model.get_output_embeddings()
         self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._model: Any = _ReferenceModel(policy, config.learner.head_chunk_tokens)
+        self._model: Any = _ReferenceModel(policy)
         if engine_config is not None:
             import deepspeed
 

@@ -62,7 +62,7 @@ _OWNED = {
     "bf16": "learner.dtype",
     "bfloat16": "learner.dtype",
     "fp16": "learner.dtype",
-    "optimizer": "learner.lr, learner.betas, learner.eps and learner.weight_decay",
+    "optimizer": "learner.lr and learner.adamw",
     "scheduler": "learner.lr_schedule",
     "torch_autocast": "learner.dtype",
 }
@@ -337,5 +337,5 @@ def _optimizer(policy: PolicyModel, config: Config, tree: dict[str, Any], device
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised; compiled on first use
 
         c = config.learner
-        return DeepSpeedCPUAdam(policy.parameters(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay)
+        return DeepSpeedCPUAdam(policy.parameters(), lr=c.lr, **c.adamw)
     return adamw(policy.parameters(), config, fused=device == "cuda")

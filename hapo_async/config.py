@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hapo_async import schedule
+from hapo_async import schedule, subkeys
 from hapo_async.errors import ConfigError
 
 
@@ -32,6 +32,16 @@ class RunConfig(_Section):
     resume: Literal["auto", "never", "must"] = Field(
         "auto", description="auto: continue when the folder holds a checkpoint; must: fail when it does not."
     )
+    alarms: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What is reported while a run goes on: silence_s (30) without progress of an actor; canary_every (10) "
+        "steps a comparison of generators and learner at equal weights, 0 never; mismatch_kl (0.01) allowed there.",
+    )
+
+    @field_validator("alarms", mode="after")
+    @classmethod
+    def _alarms(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return subkeys.complete(subkeys.ALARMS, value)
 
 
 class DataConfig(_Section):
@@ -113,6 +123,11 @@ class GeneratorConfig(_Section):
         "auto", description="auto: vllm on GPUs, else transformers."
     )
     count: int = Field(1, ge=1, description="Generators.")
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="disaggregated: generators and learner have devices of their own; colocated: they take turns on the "
+        "same ones (max_staleness=0).",
+    )
     tensor_parallel: int = Field(1, ge=1, description="Ranks that share each layer of one generator.")
     pipeline_parallel: int = Field(1, ge=1, description="Stages that one generator's layers are split into.")
     max_concurrent: int = Field(256, ge=1, description="Groups in flight on one generator.")
@@ -132,31 +147,40 @@ class LearnerConfig(_Section):
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     lr_schedule: str = Field("constant_with_warmup", description="A name that transformers.get_scheduler knows.")
     warmup_steps: int = Field(0, ge=0, description="Optimizer updates of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    adamw: dict[str, Any] = Field(
+        default_factory=dict, description="betas ([0.9, 0.95]), eps (1e-8), weight_decay (0) of AdamW."
+    )
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
     mini_batches: int = Field(1, ge=1, description="Optimizer updates per step: the batch is split into this many.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Tokens, padding included, of one forward pass.")
-    head_chunk_tokens: int = Field(8192, ge=1, description="At most so many tokens' logits exist at one time.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     max_bad_steps: int = Field(5, ge=1, description="Stop after this many skipped (non-finite) steps in a row.")
     deadline_s: float = Field(1800.0, gt=0, description="A step or publish that takes longer ends the run.")
+
+    @field_validator("adamw", mode="after")
+    @classmethod
+    def _adamw(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return subkeys.complete(subkeys.ADAMW, value)
 
 
 class StalenessConfig(_Section):
     """What happens to data older than the weights that learn from it."""
 
-    correction: Literal["auto", "off", "clip", "tis"] = Field(
+    correction: str = Field(
         "auto",
-        description="clip: ratio against the behaviour policy; tis: ratio against recomputed log-probs, weighted by a "
-        "truncated importance weight; auto: tis when max_staleness > 0, else off.",
+        description="How old tokens are weighted: auto (tis when max_staleness > 0, else off), off, clip, tis, mask, "
+        "sequence_tis, sequence_mask, geometric_tis, geometric_mask, m2po.",
     )
-    cap: float = Field(2.0, gt=0, description="Truncation C of the importance weight.")
-    late: Literal["truncate", "drop"] = Field(
-        "truncate", description="What happens to a group that would grow too old."
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Of the correction: cap, floor, decay, veto, tau, prox; docs/staleness.md."
+    )
+    late: Literal["truncate", "drop", "wait"] = Field(
+        "truncate", description="What happens to a group that would grow too old; wait: nothing, the learner waits on."
     )
     late_deadline_s: float = Field(120.0, gt=0, description="How long the learner waits for such a group first.")
+    force_lag: int = Field(
+        0, ge=0, description="For experiments: train on groups of exactly this age, whatever the timing; 0 is off."
+    )
 
     @field_validator("correction", mode="before")
     @classmethod
@@ -188,6 +212,11 @@ class EvalConfig(_Section):
     """Held-out evaluation."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 means only before and after.")
+    mode: Literal["auto", "barrier", "detached", "floating"] = Field(
+        "auto",
+        description="barrier: training stands still; detached: one of several generators leaves for it; floating: on all, "
+        "while their weights change. auto: detached with several generators and max_staleness > 0, else barrier.",
+    )
     n: int = Field(1, ge=1, description="Answers per prompt.")
     k: int = Field(1, ge=1, description="k of pass@k; at most n.")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
@@ -229,7 +258,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_batch, _check_eval):
+        for check in (_check_batch, _check_eval, _check_flow):
             check(self)
         return self
 
@@ -239,6 +268,13 @@ class Config(_Section):
         if self.staleness.correction != "auto":
             return self.staleness.correction
         return "tis" if self.max_staleness > 0 else "off"
+
+    @property
+    def evaluation_mode(self) -> str:
+        """``eval.mode`` with `auto` resolved: barrier | detached | floating."""
+        if self.eval.mode != "auto":
+            return self.eval.mode
+        return "detached" if self.generator.count > 1 and self.max_staleness > 0 else "barrier"
 
     def digest(self) -> str:
         """sha256 over everything that shapes the training (not the run folder)."""
@@ -268,6 +304,30 @@ def _check_eval(c: Config) -> None:
     if c.eval.temperature == 0 and c.eval.n > 1:
         raise ValueError(
             f"eval.n={c.eval.n} with eval.temperature=0 samples the same answer each time. Set a temperature, or eval.n=1."
+        )
+
+
+def _check_flow(c: Config) -> None:
+    lag = c.staleness.force_lag
+    if lag and c.max_staleness != lag:
+        raise ValueError(
+            f"staleness.force_lag={lag} trains on groups that are {lag} steps old, but max_staleness={c.max_staleness}. Set "
+            f"max_staleness={lag} as well, or staleness.force_lag=0."
+        )
+    if c.generator.placement == "colocated" and c.max_staleness > 0:
+        raise ValueError(
+            f"generator.placement=colocated lets generators and learner take turns, which is synchronous training, but "
+            f"max_staleness={c.max_staleness}. Set max_staleness=0, or generator.placement=disaggregated."
+        )
+    if c.eval.mode == "detached" and c.generator.count < 2:
+        raise ValueError(
+            f"eval.mode=detached takes one generator out of sampling, but generator.count={c.generator.count}. Use at least "
+            "two generators, or eval.mode=barrier."
+        )
+    if c.max_staleness == 0 and c.eval.mode in ("detached", "floating"):
+        raise ValueError(
+            f"eval.mode={c.eval.mode} goes on beside training, but max_staleness=0 is synchronous: its batches must not depend "
+            "on timing. Use eval.mode=barrier, or max_staleness of at least 1."
         )
 
 

@@ -76,7 +76,7 @@ def config(
     **learner: Any,
 ) -> Config:
     """A small fp32 learner whose Adam epsilon does not amplify rounding. ``zero``: DeepSpeed's zero_optimization."""
-    settings = {"lr": 1e-3, "eps": 1e-4, "lr_schedule": "cosine", "mini_batches": 2, "deadline_s": 60}
+    settings = {"lr": 1e-3, "adamw": {"eps": 1e-4}, "lr_schedule": "cosine", "mini_batches": 2, "deadline_s": 60}
     settings |= {"micro_batch_tokens": 300, **learner}
     return Config.model_validate(
         {

@@ -75,7 +75,7 @@ def test_pass_at_k_needs_k_answers():
 
 
 def test_the_resolved_config_loads_again_to_the_same_thing(tmp_path):
-    first = config.load(None, ["learner.betas=[0.8, 0.99]", "run.dir=x"])
+    first = config.load(None, ["learner.adamw.betas=[0.8, 0.99]", "run.dir=x"])
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(first))
     second = config.load(path)

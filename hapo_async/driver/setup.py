@@ -77,7 +77,7 @@ def check_optimizer(config: Config, options: Mapping[str, Any], gpus: bool | Non
         made.step()
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"learner.lr_schedule={c.lr_schedule!r} with learner.betas={list(c.betas)} does not work: {error} A schedule "
+            f"learner.lr_schedule={c.lr_schedule!r} with learner.adamw={c.adamw} does not work: {error} A schedule "
             "must need nothing but learner.warmup_steps: constant, constant_with_warmup, linear, cosine, ..."
         ) from None
 

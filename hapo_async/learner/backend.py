@@ -66,9 +66,9 @@ class Backend(Protocol):
 
 def set_optimizer(optimizer: torch.optim.Optimizer, config: Config) -> None:
     """Puts the settings of ``config`` into an AdamW; a schedule made afterwards starts from its learning rate."""
-    c = config.learner
+    lr = config.learner.lr
     for group in optimizer.param_groups:
-        group.update(lr=c.lr, initial_lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay)
+        group.update(lr=lr, initial_lr=lr, **config.learner.adamw)
 
 
 class TorchBackend:

@@ -208,7 +208,12 @@ class Learner:
             before = replace(before, estimate=prepass.estimate(micro, scores, self.options))
         batch = token_batch(micro, scores, step, before, topk)
         loss, stats = objective(
-            self.algorithm, self.options, batch, norm, correction=self.config.correction, cap=self.config.staleness.cap
+            self.algorithm,
+            self.options,
+            batch,
+            norm,
+            correction=self.config.correction,
+            cap=self.config.staleness.options.get("cap", 2.0),
         )
         tally.add(stats)
         tally.add_batch(batch, micro)

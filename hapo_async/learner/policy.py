@@ -22,11 +22,11 @@ class PolicyModel(nn.Module):
     hidden state.
     """
 
-    def __init__(self, model: Any, chunk_tokens: int, with_value: bool = False) -> None:
+    def __init__(self, model: Any, with_value: bool = False) -> None:
         super().__init__()
         self.model = model
         projection = model.get_output_embeddings()
-        self.head = ChunkedHead(projection, chunk_tokens)
+        self.head = ChunkedHead(projection)
         self.value_head = ValueHead(projection.in_features, projection.weight.dtype) if with_value else None
         self.hidden_grad_squares: torch.Tensor | None = None
 
@@ -130,7 +130,7 @@ def load_policy(
         # The re-entrant form: ZeRO-3 has released a layer's parameters by the time that the other form checks shapes.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         model.enable_input_require_grads()
-    policy = PolicyModel(model, config.learner.head_chunk_tokens, with_value).train()
+    policy = PolicyModel(model, with_value).train()
     return policy.to(device) if device is not None else policy
 
 
@@ -145,9 +145,7 @@ def _no_dropout(model: nn.Module) -> None:
 
 def adamw(parameters: Iterable[nn.Parameter], config: Config, fused: bool = False) -> torch.optim.AdamW:
     c = config.learner
-    return torch.optim.AdamW(
-        parameters, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True if fused else None
-    )
+    return torch.optim.AdamW(parameters, lr=c.lr, **c.adamw, fused=True if fused else None)
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:

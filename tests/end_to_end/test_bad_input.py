@@ -31,7 +31,7 @@ CASES = {
     ),
     "unknown schedule": ([QUICKSTART, "learner.lr_schedule=cosin"], ["cosin", "lr_schedule"]),
     "schedule that needs more": ([QUICKSTART, "learner.lr_schedule=reduce_lr_on_plateau"], ["reduce_lr_on_plateau"]),
-    "impossible betas": ([QUICKSTART, "learner.betas=[0.9, 1.5]"], ["1.5"]),
+    "impossible betas": ([QUICKSTART, "learner.adamw.betas=[0.9, 1.5]"], ["1.5"]),
     "one cached answer": ([QUICKSTART, "algorithm=fpa", "sampling.n=1"], ["sampling.n=1"]),
     "patience without evaluations": (
         [QUICKSTART, "algorithm=fpa", "eval.every=0", "options.patience=2"],
