@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from hapo_async.engine import EngineDead
 from hapo_async.errors import RunError
+from hapo_async.types import GroupKey
 
 
 class CallFailed(RunError):
@@ -23,6 +27,39 @@ class CallFailed(RunError):
         self.who = who
         self.gone = gone
         self.lost = lost
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A remote call that has not been answered. since: ``time.monotonic``. key: the group that it is about, if one."""
+
+    actor: str
+    method: str
+    since: float
+    key: GroupKey | None = None
+
+
+class Calls:
+    """Remote calls with deadlines, and which of them are still waited for."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, Pending] = {}
+        self._numbers = itertools.count()
+
+    def pending(self) -> list[Pending]:
+        """Oldest first."""
+        return list(self._pending.values())
+
+    async def answer(
+        self, ref: ray.ObjectRef, deadline_s: float, who: str, method: str, key: GroupKey | None = None
+    ) -> Any:
+        """``answer``, counted as pending meanwhile."""
+        number = next(self._numbers)
+        self._pending[number] = Pending(who, method, time.monotonic(), key)
+        try:
+            return await answer(ref, deadline_s, who)
+        finally:
+            del self._pending[number]
 
 
 async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 START_S = 900.0  # loading a model takes longer than training on a batch
 PING_S = 5.0  # how long a rank has to say that it is alive, once something went wrong
 GRACE_S = 2.0  # how long the other ranks' own errors are waited for
+PREFETCH_S = 30.0  # what is not there by then is fetched when the step asks for it
 
 
 class LearnerRank:
@@ -132,6 +133,18 @@ class LearnerRank:
         """Walks the weights; rank 0 puts them into the object store."""
         return weights.publish(self.backend, version, self.config.weights.bucket_bytes)
 
+    @ray.method(concurrency_group="data")
+    def prefetch(self, refs: list[ray.ObjectRef]) -> int:
+        """Brings objects to this rank's node while it computes; how many are there now."""
+        return len(ray.wait(refs, num_returns=len(refs), timeout=PREFETCH_S, fetch_local=True)[0])
+
+    def sleep(self) -> None:
+        """Leaves the device to the generators."""
+        self.backend.sleep()
+
+    def wake(self) -> None:
+        self.backend.wake()
+
     def save(self, folder: str) -> None:
         """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume)."""
         root = Path(folder)
@@ -161,6 +174,8 @@ class LearnerGroup:
         self.needs = needs
         self.ranks = list(ranks)
         self.slot = slot
+        # On one node every object is at hand already.
+        self.is_remote = ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
         self._broken: str | None = None
 
     @classmethod
@@ -183,7 +198,7 @@ class LearnerGroup:
         needs = needs_of(config) | later
         if later & {"topk", "ref_logp", "ref_kl", "future"}:
             needs |= {"reference"}
-        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1}}
+        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1, "data": 1}}
         actor: Any = ray.remote(**settings)(rank_class)
         ranks = [
             actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
@@ -239,6 +254,18 @@ class LearnerGroup:
         answers = await self._call("publish", [(version,)] * len(self.ranks), self.config.learner.deadline_s)
         assert answers[0] is not None
         return answers[0]
+
+    def prefetch(self, refs: Sequence[Any]) -> None:
+        """Asks all ranks to bring these objects to their nodes, beside whatever they do. Nobody waits for it."""
+        for rank in self.ranks if self._broken is None else []:
+            rank.prefetch.remote(list(refs))
+
+    async def sleep(self) -> None:
+        """All ranks leave their devices to others."""
+        await self._call("sleep", [()] * len(self.ranks), self.config.learner.deadline_s)
+
+    async def wake(self) -> None:
+        await self._call("wake", [()] * len(self.ranks), self.config.learner.deadline_s)
 
     async def save(self, folder: Path | str) -> None:
         """Model and resumable state into ``folder`` (which all ranks must see under this path)."""

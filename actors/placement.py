@@ -7,12 +7,14 @@ On a cluster without GPUs the actors share the CPUs that are there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -129,22 +131,48 @@ def join(actors: int) -> Cluster:
 
 @dataclass(frozen=True)
 class Slot:
-    """A reserved placement group. ``options(i)`` are the actor options that pin an actor to bundle i; an actor that only
-    coordinates workers in the bundles (a vLLM engine over several GPUs) must leave the GPUs to them: ``gpus=0``."""
+    """A reserved placement group, or a part of one. ``options(i)`` are the actor options that pin an actor to bundle i of
+    it; an actor that only coordinates workers in the bundles (a vLLM engine over several GPUs) must leave the GPUs to
+    them: ``gpus=0``.
+
+    cpus, gpus: of each actor. first: the part's first bundle. is_part: another slot owns the group. environment: what
+    an engine that starts workers in the bundles has to be told.
+    """
 
     group: PlacementGroup
     cpus: float
     gpus: float
+    first: int = 0
+    is_part: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def options(self, bundle: int, gpus: float | None = None, **more: Any) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+            placement_group=self.group,
+            placement_group_bundle_index=self.first + bundle,
+            placement_group_capture_child_tasks=True,
         )
         gpus = self.gpus if gpus is None else gpus
+        if self.environment:
+            more["runtime_env"] = {"env_vars": {**ACTOR_ENV, **self.environment}}
         return {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": strategy, **more}
 
     def release(self) -> None:
-        remove_placement_group(self.group)
+        if not self.is_part:
+            remove_placement_group(self.group)
+
+
+def share(slot: Slot, generators: int, width: int) -> tuple[Slot, list[Slot]]:
+    """A slot that a learner and ``generators`` of ``width`` bundles each take turns on: the learner's view of it and the
+    generators'. Every bundle's devices are halved, in the books only: one side sleeps while the other works."""
+    halves = {"cpus": slot.cpus / 2, "gpus": slot.gpus / 2}
+    parts = []
+    for first in range(0, generators * width, width):
+        bundles = ",".join(str(first + i) for i in range(width))
+        told = {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{slot.gpus / 2:g}"}
+        part = {"first": first, "is_part": True, "environment": told if width > 1 and slot.gpus else {}}
+        parts.append(dataclasses.replace(slot, **halves, **part))
+    return dataclasses.replace(slot, **halves), parts
 
 
 def reserve(

@@ -265,6 +265,23 @@ class ZeroBackend:
         torch.distributed.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
+    def sleep(self) -> None:
+        """Moves weights, gradients and optimizer state to the host, for others to use the GPU. On a CPU, and where
+        DeepSpeed cannot move them (ZeRO below 3, or states that live on the host anyway), everything stays."""
+        if self._can_move:
+            self.engine.offload_states()
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Takes back what ``sleep`` moved."""
+        if self._can_move:
+            self.engine.reload_states()
+
+    @property
+    def _can_move(self) -> bool:
+        offloaded = any(self.engine.config.get("zero_optimization", {}).get(f"offload_{x}") for x in ("param", "optimizer"))
+        return self.device.type == "cuda" and self.stage == 3 and not offloaded
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Hugging Face names, tied weights once."""
         return self.policy.model.named_parameters()

@@ -62,6 +62,10 @@ class Buffer:
                 )
         return taken
 
+    def oldest(self, count: int) -> list[Ready]:
+        """What ``take`` would hand out now; nothing is removed."""
+        return sorted(self._groups, key=self._age_key)[:count]
+
     def take_expired(self, step: int, max_staleness: int) -> list[Ready]:
         """Removes and returns the groups that are already too old at ``step``."""
         expired = [g for g in self._groups if self.staleness(g, step) > max_staleness]

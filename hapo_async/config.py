@@ -137,6 +137,11 @@ class GeneratorConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, else float32.")
     deadline_s: float = Field(1800.0, gt=0, description="A group not answered by then is re-issued elsewhere.")
 
+    @property
+    def width(self) -> int:
+        """Ranks of one generator."""
+        return self.tensor_parallel * self.pipeline_parallel
+
 
 class LearnerConfig(_Section):
     """The ZeRO learner."""
@@ -270,11 +275,17 @@ class Config(_Section):
         return "tis" if self.max_staleness > 0 else "off"
 
     @property
+    def is_timing_free(self) -> bool:
+        """Whether every batch is sampled at a version that does not depend on how fast anything is: synchronous training,
+        and a forced lag."""
+        return self.max_staleness == 0 or self.staleness.force_lag > 0
+
+    @property
     def evaluation_mode(self) -> str:
         """``eval.mode`` with `auto` resolved: barrier | detached | floating."""
         if self.eval.mode != "auto":
             return self.eval.mode
-        return "detached" if self.generator.count > 1 and self.max_staleness > 0 else "barrier"
+        return "detached" if self.generator.count > 1 and not self.is_timing_free else "barrier"
 
     def digest(self) -> str:
         """sha256 over everything that shapes the training (not the run folder)."""
@@ -324,10 +335,11 @@ def _check_flow(c: Config) -> None:
             f"eval.mode=detached takes one generator out of sampling, but generator.count={c.generator.count}. Use at least "
             "two generators, or eval.mode=barrier."
         )
-    if c.max_staleness == 0 and c.eval.mode in ("detached", "floating"):
+    if c.is_timing_free and c.eval.mode in ("detached", "floating"):
+        cause = f"staleness.force_lag={lag}" if lag else "max_staleness=0"
         raise ValueError(
-            f"eval.mode={c.eval.mode} goes on beside training, but max_staleness=0 is synchronous: its batches must not depend "
-            "on timing. Use eval.mode=barrier, or max_staleness of at least 1."
+            f"eval.mode={c.eval.mode} goes on beside training, but with {cause} no batch may depend on timing. Use "
+            "eval.mode=barrier."
         )
 
 

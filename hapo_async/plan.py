@@ -41,13 +41,14 @@ def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) ->
     c = config
     parameters = parameter_count(model_path)
     bf16 = c.learner.dtype == "bfloat16" or (c.learner.dtype == "auto" and torch.cuda.is_available())
-    width = c.generator.tensor_parallel * c.generator.pipeline_parallel
+    width = c.generator.width
     rank = learner_bytes(parameters, c.learner.ranks, c.learner.zero_stage, bf16)
     if "reference" in needs_of(c):
         shared = c.learner.ranks if c.learner.zero_stage == 3 else 1
         rank += parameters * (2 if bf16 else 4) // shared
     yield (
-        f"placement: learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} bundles; "
+        f"placement ({c.generator.placement}): learner {c.learner.ranks} x 1 bundle; generators {c.generator.count} x {width} "
+        f"bundles{', the same ones' if c.generator.placement == 'colocated' else ''}; "
         f"verifiers {c.verifier.count}"
     )
     yield f"model: {parameters:,} parameters in {model_path}"

@@ -51,6 +51,7 @@ class Journal:
         self.sampler = sampler
         self.rollouts = rollouts.RolloutWriter(folder.path / "rollouts", config.rollouts.sample, config.seed)
         self._algorithm = algorithms.get(config.algorithm)
+        self._recording: asyncio.Future[None] | None = None
         self._tokens_before = {g.name: 0 for g in fleet.generators}
         self._forget_idling()
 
@@ -65,9 +66,17 @@ class Journal:
             **extra,
         }
         row = self.writer.write(trained.step, values)
-        await self._keep_rollouts(trained)
+        await self.settle()
+        self._recording = asyncio.ensure_future(self._keep_rollouts(trained))
         self.view.update(trained.step, row)
         self.status("running", trainer, row)
+
+    async def settle(self) -> None:
+        """Returns when the rollouts of the last step are in their file; they are written beside the next one. Raises what
+        the writing raised."""
+        if self._recording is not None:
+            recording, self._recording = self._recording, None
+            await recording
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.began
@@ -164,7 +173,7 @@ class Journal:
 
     def _per_gpu(self, rates: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
         """Throughput over the GPUs that were reserved for it; nothing on machines without."""
-        width = self.config.generator.tensor_parallel * self.config.generator.pipeline_parallel
+        width = self.config.generator.width
         sampling = sum(g.slot.gpus * width for g in self.fleet.alive)
         learning = trainer.learner.slot.gpus * self.config.learner.ranks if trainer.learner.slot else 0.0
         out = {}

@@ -9,11 +9,11 @@ from typing import Any
 import ray
 
 from actors import placement
-from actors.calls import CallFailed, answer
+from actors.calls import CallFailed, Calls, Pending
 from actors.verifier import VerifierActor
 from hapo_async.config import Config
 from hapo_async.errors import RunError
-from hapo_async.types import Judgement, Prompt
+from hapo_async.types import GroupKey, Judgement, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Judges:
         self.config = config
         self._actors = actors
         self._outstanding = dict.fromkeys(actors, 0)
+        self._calls = Calls()
 
     @classmethod
     async def start(cls, config: Config) -> Judges:
@@ -44,8 +45,12 @@ class Judges:
     def count(self) -> int:
         return len(self._actors)
 
-    async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
-        """One judgement per answer of the group behind ``payload``.
+    def calls(self) -> list[Pending]:
+        """Remote calls that have not been answered, oldest first."""
+        return self._calls.pending()
+
+    async def judge(self, payload: Any, prompt: Prompt, answers: int, key: GroupKey | None = None) -> list[Judgement]:
+        """One judgement per answer of the group behind ``payload``; ``key`` names it to those who ask what is pending.
 
         The deadline covers all answers that the verifier has before it, judged one after the other, each tried again.
         Raises CallFailed when the group cannot be judged though a verifier answers (its payload is lost, a worker does
@@ -59,7 +64,8 @@ class Judges:
                 ref = self._actors[name].judge.remote(
                     payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra)
                 )
-                return await answer(ref, deadline_s, name)
+                judgements: list[Judgement] = await self._calls.answer(ref, deadline_s, name, "judge", key)
+                return judgements
             except CallFailed as error:
                 if not error.gone:
                     raise
@@ -73,7 +79,7 @@ class Judges:
     async def close(self) -> None:
         for name, actor in self._actors.items():
             try:
-                await answer(actor.close.remote(), 10.0, name)
+                await self._calls.answer(actor.close.remote(), 10.0, name, "close")
             except CallFailed as error:
                 log.warning("closing: %s", error)
             ray.kill(actor)

@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,11 @@ class _Run:
             try:
                 with self._signals():
                     await self._train()
-            except BaseException:
+            except BaseException as error:
                 self.journal.status("failed", self.trainer)
+                if isinstance(error, Exception):
+                    with contextlib.suppress(Exception):
+                        await self.journal.settle()
                 raise
             finished = not self.trainer.stopping
             seconds = self.journal.elapsed_s()
@@ -200,14 +203,22 @@ class _Run:
 
     async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:
         p, c = self.prepared, self.config
-        width = c.generator.tensor_parallel * c.generator.pipeline_parallel
-        share = placement.cpu_share(self.cluster, c.generator.count * width + c.learner.ranks)
-        slot = placement.reserve(self.cluster, c.learner.ranks, share, "learner")
-        starting = (
-            LearnerGroup.start(c, p.model_path, self.cluster, slot),
-            Fleet.start(c, p.model_path, self.cluster, share, self.sampler.wake),
-            Judges.start(c),
-        )
+        sampling = c.generator.count * c.generator.width
+        shared = c.generator.placement == "colocated"
+        bundles = max(sampling, c.learner.ranks) if shared else sampling + c.learner.ranks
+        share = placement.cpu_share(self.cluster, bundles)
+        slot = placement.reserve(self.cluster, bundles if shared else c.learner.ranks, share, "learner")
+        parts: list[placement.Slot] = []
+        if shared:
+            slot, parts = placement.share(slot, c.generator.count, c.generator.width)
+
+        async def fleet(after: Awaitable[Any]) -> Fleet:
+            if parts:  # the learner leaves the devices first
+                await (await asyncio.shield(after)).sleep()
+            return await Fleet.start(c, p.model_path, self.cluster, share, self.sampler.wake, parts)
+
+        learner = asyncio.ensure_future(LearnerGroup.start(c, p.model_path, self.cluster, slot))
+        starting = (learner, fleet(learner), Judges.start(c))
         started: Any = await asyncio.gather(*starting, return_exceptions=True)
         failed = [part for part in started if isinstance(part, BaseException)]
         for part in started:
@@ -217,9 +228,10 @@ class _Run:
             raise failed[0]
         self.learner, self.fleet, self.judges = started
         stack.push_async_callback(self.sampler.close)
-        if self.resumed:
-            await self.learner.load(self.resumed.path)
         self.trainer = Trainer(c, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, self.version)
+        if self.resumed:
+            async with self.trainer.turn():
+                await self.learner.load(self.resumed.path)
         self.evaluator = Evaluator(c, p.eval_sets, self.fleet, self.judges, self.folder.path)
 
     # ---------------------------------------------------------------- running
@@ -255,7 +267,8 @@ class _Run:
 
         async def prepare() -> None:
             await offline.generate(self.fleet, self.judges, say)
-            await offline.score(self.learner, say)
+            async with self.trainer.turn():
+                await offline.score(self.learner, say)
 
         self._preparing = asyncio.ensure_future(prepare())
         await asyncio.wait({self._preparing})
@@ -288,7 +301,10 @@ class _Run:
         if self.evaluator.sets:
             await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
             values = self.last_evals = await self.evaluator.run(step)
-        return values | (await self.offline.measure(self.learner, self.trainer.version) if self.offline else {})
+        if self.offline:
+            async with self.trainer.turn():
+                values |= await self.offline.measure(self.learner, self.trainer.version)
+        return values
 
     async def _finish(self) -> None:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
@@ -307,9 +323,11 @@ class _Run:
 
     async def _checkpoint(self, step: int) -> Path:
         began = time.monotonic()
+        await self.journal.settle()  # what a manifest seals is on disk by then
         root = self.folder.checkpoints
         folder = checkpoint.begin(root, step)
-        await self.learner.save(folder)
+        async with self.trainer.turn():
+            await self.learner.save(folder)
         driver = {
             "step": step,
             "incarnation": self.trainer.version.incarnation,

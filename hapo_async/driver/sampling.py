@@ -151,8 +151,8 @@ class Sampler:
             self._start(self._dispatch(fleet, judges, generator, requests))
 
     def _roomiest(self, fleet: Fleet) -> Generator | None:
-        """The living generator with capacity that has the fewest tokens outstanding."""
-        roomy = [g for g in fleet.alive if self._capacity(g) > 0]
+        """The serving generator with capacity that has the fewest tokens outstanding."""
+        roomy = [g for g in fleet.serving if self._capacity(g) > 0]
         return min(roomy, key=lambda g: sum(g.outstanding.values()), default=None)
 
     def _capacity(self, generator: Generator) -> int:
@@ -252,7 +252,7 @@ class Sampler:
         flight.step = header.oldest.step if header.oldest else flight.step
         began = time.monotonic()
         try:
-            judgements = await judges.judge(payload, flight.prompt, len(header.lengths))
+            judgements = await judges.judge(payload, flight.prompt, len(header.lengths), key)
         except CallFailed as error:
             self._give_back(fleet, generator, key, error)
             return
@@ -354,7 +354,8 @@ class Sampler:
                 continue
             self.flights.pop(key, None)
             for generator in fleet.generators:
-                generator.unassign(key)
+                if key in generator.outstanding:
+                    fleet.release(generator, key)
             if self.ledger.retry(key, "late") >= MAX_LATE:
                 self.ledger.drop(key, "late")
             else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -77,11 +78,30 @@ class Trainer:
         self.enough = False  # the run is to end after this step, as if its data had
         self.expired = self.late = self.truncated = 0  # groups, since the journal last looked
         self._bad_steps = 0
+        self._in_turn = False
 
     async def publish(self) -> None:
         """Hands the learner's weights to the fleet under the current version."""
-        manifest, refs = await self.learner.publish(self.version)
+        async with self.turn():
+            manifest, refs = await self.learner.publish(self.version)
         self.fleet.publish(manifest, refs)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The learner's turn on devices that it shares with the generators (``generator.placement=colocated``): they sleep
+        meanwhile, and nothing may be in flight. Elsewhere, and inside another turn, this does nothing."""
+        if self._in_turn or self.config.generator.placement != "colocated":
+            yield
+            return
+        self._in_turn = True
+        try:
+            await self.fleet.sleep()
+            await self.learner.wake()
+            yield
+            await self.learner.sleep()
+            await self.fleet.wake()
+        finally:
+            self._in_turn = False
 
     async def run(self, committed: Callable[[Trained], Awaitable[StepTimes]]) -> None:
         """Steps until train.steps, until the data end, or until ``stopping`` or ``enough``. ``committed`` is awaited after
@@ -92,14 +112,16 @@ class Trainer:
             groups = await self._next_batch(times)
             if not groups:
                 return
-            groups = await self._complete(groups, times)
-            learned = await self._step(groups, times)
-            if learned is None:
-                continue
-            began = time.monotonic()
-            # A synchronous run samples nothing beside an evaluation: its batches then never depend on timing.
-            self.sampler.hold = self.config.max_staleness == 0
-            await self.publish()
+            async with self.turn():
+                groups = await self._complete(groups, times)
+                learned = await self._step(groups, times)
+                if learned is None:
+                    continue
+                began = time.monotonic()
+                manifest, refs = await self.learner.publish(self.version)
+            # Such a run samples nothing beside an evaluation: its batches then never depend on timing.
+            self.sampler.hold = self.config.is_timing_free
+            self.fleet.publish(manifest, refs)
             for group in groups:
                 self.ledger.train(group.key, self.version.step)
             self.ledger.check()
@@ -132,12 +154,20 @@ class Trainer:
     async def _wait_for_fill(self, wanted: int, times: StepTimes) -> None:
         began = time.monotonic()
         limit_s = self.config.generator.deadline_s + 60.0
-        while len(self.buffer) < wanted and not self.sampler.drained and not self.stopping:
+        while not self._filled(wanted) and not self.sampler.drained and not self.stopping:
             try:
                 await self._arrival(limit_s)
             except TimeoutError:
                 raise RunError(f"no group arrived for {limit_s:.0f} s: {self.sampler.oldest_call()}") from None
         times.wait_for_batch += time.monotonic() - began
+
+    def _filled(self, wanted: int) -> bool:
+        """Enough groups wait. Under a forced lag: as many batches as it takes for the oldest to have that age, and nothing
+        in flight, so that no group is sampled across an update."""
+        lag = self.config.staleness.force_lag
+        if not lag:
+            return len(self.buffer) >= wanted
+        return len(self.buffer) >= (lag + 1) * wanted and not self.sampler.flights
 
     async def _wait_for_overdue(self, step: int, eta: int, times: StepTimes) -> None:
         """Waits for groups that would be too old at step + 1; past the deadline they are cut short or dropped."""
@@ -149,7 +179,10 @@ class Trainer:
             try:
                 await self._arrival(max(0.01, deadline - time.monotonic()))
             except TimeoutError:
-                if self.config.staleness.late == "truncate" and not truncated:
+                if self.config.staleness.late == "wait":
+                    # A group that never comes fails at generator.deadline_s, and is then issued again.
+                    deadline = time.monotonic() + self.config.generator.deadline_s
+                elif self.config.staleness.late == "truncate" and not truncated:
                     truncated = True
                     deadline = time.monotonic() + self.config.staleness.late_deadline_s
                     self.truncated += len(late)
@@ -203,7 +236,7 @@ class Trainer:
         trains, pairs = [g.train for g in groups], self.sampler.options.get("pairs")
         plans = batch.plan_step(trains, c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed, pairs=pairs)
         began = time.monotonic()
-        learned = await self.learner.step(plans)
+        learned = await self._while_prefetching(self.learner.step(plans))
         times.learn += time.monotonic() - began
         if not learned.pop("skipped", False):
             self._bad_steps = 0
@@ -220,6 +253,24 @@ class Trainer:
             )
         self.sampler.wake()
         return None
+
+    async def _while_prefetching(self, step: Awaitable[dict[str, float]]) -> dict[str, float]:
+        """The step's result. While it computes, what will probably be the next batch is brought to the learner's nodes."""
+        stepping, sent = asyncio.ensure_future(step), set[GroupKey]()
+        try:
+            while not stepping.done() and self.learner.is_remote:
+                soon = self.buffer.oldest(self.config.train.batch_prompts)
+                new = [g for g in soon if g.key not in sent and g.gated.payload is not None]
+                sent.update(g.key for g in new)
+                if new:
+                    self.learner.prefetch([g.gated.payload for g in new])
+                self.sampler.arrived.clear()
+                arrival = asyncio.ensure_future(self.sampler.arrived.wait())
+                await asyncio.wait({stepping, arrival}, return_when=asyncio.FIRST_COMPLETED)
+                arrival.cancel()
+            return await stepping
+        finally:
+            stepping.cancel()
 
 
 async def choose_likeliest(

@@ -48,6 +48,10 @@ class StandInGenerator:
         self._dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.submit, self.install = self._method(self._submit), self._method(self._install)
         self.truncate, self.abort = self._method(self._truncate), self._method(self._abort)
+        self.asleep = False
+        self.sleep, self.wake = self._method(self._sleep), self._method(self._wake)
+        self.score, self.stats = self._method(self._score), self._method(self._stats)
+        self.installs: list[Version] = []
         self.collect = Method(lambda key: (self._call(self._collect(key)), ("payload", key)))
 
     def die(self) -> None:
@@ -60,7 +64,8 @@ class StandInGenerator:
     def _call(self, work: Any) -> asyncio.Task[Any]:
         async def run() -> Any:
             task = asyncio.ensure_future(work)
-            await asyncio.wait({task, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._dead.done():
+                await asyncio.wait({task, self._dead}, return_when=asyncio.FIRST_COMPLETED)
             if self._dead.done():
                 task.cancel()
                 raise ray.exceptions.ActorDiedError()
@@ -103,7 +108,21 @@ class StandInGenerator:
     async def _install(self, manifest: Manifest, refs: list[Any]) -> dict[str, Any]:
         await asyncio.sleep(self.install_s)
         self.version = manifest.version
+        self.installs.append(manifest.version)
         return {"version": str(manifest.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 1}
+
+    async def _sleep(self) -> None:
+        self.asleep = True
+
+    async def _wake(self) -> None:
+        self.asleep = False
+
+    async def _score(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Version, list[np.ndarray]]:
+        return self.version, [-tokens.astype(np.float32) for _, tokens in sequences]
+
+    async def _stats(self) -> dict[str, Any]:
+        running = sum(not f.done() for f in self._slots.values())
+        return {"running_groups": running, "tokens": 4 * len(self.issued), "version": str(self.version), "pid": 1}
 
     async def _truncate(self, keys: list[GroupKey]) -> None:
         for key in keys:
@@ -131,7 +150,7 @@ class StandInJudges:
     ) -> None:
         self.always, self.error, self.right, self.count = always, error, right, 1
 
-    async def judge(self, payload: Any, prompt: Prompt, answers: int) -> list[Judgement]:
+    async def judge(self, payload: Any, prompt: Prompt, answers: int, key: GroupKey | None = None) -> list[Judgement]:
         await asyncio.sleep(0)
         if self.error:
             raise self.error
@@ -142,10 +161,15 @@ class StandInJudges:
 
 
 class StandInLearner:
-    """Records what it trained; skips a share of steps. A token's log-prob is minus its id."""
+    """Records what it trained; skips a share of steps. A token's log-prob is minus its id. prefetched: the payloads that
+    it was sent beside its steps."""
+
+    is_remote = True
 
     def __init__(self, skip_share: float = 0.0, step_s: float = 0.001) -> None:
         self.trained: list[list[GroupKey]] = []
+        self.prefetched: list[Any] = []
+        self.asleep = False
         self.scored: list[list[Sequence]] = []
         self.skip_share, self.step_s = skip_share, step_s
         self._rng = random.Random(0)
@@ -156,6 +180,15 @@ class StandInLearner:
             return {"skipped": 1.0}
         self.trained.append([g.key for plan in plans for mini in plan.minis for g in mini])
         return {"skipped": 0.0}
+
+    def prefetch(self, refs: list[Any]) -> None:
+        self.prefetched += refs
+
+    async def sleep(self) -> None:
+        self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
 
     async def score(self, sequences: list[Sequence]) -> list[np.ndarray]:
         await asyncio.sleep(0)

@@ -186,11 +186,11 @@ def test_a_lost_payload_is_sampled_again_and_blames_nobody():
     class Losing(StandInJudges):
         lost = 0
 
-        async def judge(self, payload, prompt, answers):
+        async def judge(self, payload, prompt, answers, key=None):
             if self.lost < 5:
                 self.lost += 1
                 raise CallFailed("verifier-0", "an object that it needs is lost", gone=False, lost=True)
-            return await super().judge(payload, prompt, answers)
+            return await super().judge(payload, prompt, answers, key)
 
     async def scenario():
         loop = Loop(
