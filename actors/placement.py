@@ -165,14 +165,15 @@ class Slot:
 def share(slot: Slot, generators: int, width: int) -> tuple[Slot, list[Slot]]:
     """A slot that a learner and ``generators`` of ``width`` bundles each take turns on: the learner's view of it and the
     generators'. Every bundle's devices are halved, in the books only: one side sleeps while the other works."""
-    halves = {"cpus": slot.cpus / 2, "gpus": slot.gpus / 2}
+    half = dataclasses.replace(slot, cpus=slot.cpus / 2, gpus=slot.gpus / 2)
     parts = []
     for first in range(0, generators * width, width):
-        bundles = ",".join(str(first + i) for i in range(width))
-        told = {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{slot.gpus / 2:g}"}
-        part = {"first": first, "is_part": True, "environment": told if width > 1 and slot.gpus else {}}
-        parts.append(dataclasses.replace(slot, **halves, **part))
-    return dataclasses.replace(slot, **halves), parts
+        told = {}
+        if width > 1 and slot.gpus:
+            bundles = ",".join(str(first + i) for i in range(width))
+            told = {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{half.gpus:g}"}
+        parts.append(dataclasses.replace(half, first=first, is_part=True, environment=told))
+    return half, parts
 
 
 def reserve(

@@ -105,3 +105,35 @@ def test_every_key_says_what_it_is():
                 assert info.description, name
 
     walk(config.Config)
+
+
+def test_settings_of_the_flow_that_contradict_each_other_are_refused_with_the_fix():
+    assert "max_staleness=4" in refused("staleness.force_lag=4")
+    assert "max_staleness=0" in refused("generator.placement=colocated", "max_staleness=1")
+    assert "generator.count=1" in refused("eval.mode=detached", "max_staleness=1")
+    assert "max_staleness=0" in refused("eval.mode=floating", "max_staleness=0")
+    assert "force_lag=2" in refused("eval.mode=floating", "max_staleness=2", "staleness.force_lag=2")
+
+
+@pytest.mark.parametrize(
+    "overrides, mode",
+    [
+        ([], "barrier"),
+        (["generator.count=2"], "detached"),
+        (["generator.count=2", "max_staleness=0"], "barrier"),
+        (["generator.count=2", "max_staleness=2", "staleness.force_lag=2"], "barrier"),
+        (["generator.count=3", "eval.mode=barrier"], "barrier"),
+        (["eval.mode=floating"], "floating"),
+    ],
+)
+def test_an_evaluation_goes_on_beside_training_where_it_can(overrides, mode):
+    assert config.load(None, ["max_staleness=1", *overrides]).evaluation_mode == mode
+
+
+def test_small_tables_are_completed_and_checked():
+    c = config.load(None, ["learner.adamw.eps=1e-6", "run.alarms={canary_every: 0}"])
+    assert c.learner.adamw == {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.0}
+    assert c.run.alarms == {"silence_s": 30.0, "canary_every": 0, "mismatch_kl": 0.01}
+    assert "Did you mean 'betas'" in refused("learner.adamw.beta=[0.9, 0.99]")
+    assert "two numbers" in refused("learner.adamw.betas=[0.9]")
+    assert "silence_s=0" in refused("run.alarms.silence_s=0")

@@ -149,6 +149,7 @@ class Journal:
             "scale/generators": len(alive),
             "scale/verifiers": self.judges.count,
             "scale/learners": self.config.learner.ranks,
+            **{f"staleness/dropped_length/{edge}": n for edge, n in tally.late_lengths.items()},
             "staleness/dropped": trainer.expired + tally.late,
             "staleness/late": trainer.late,
             "staleness/truncated": trainer.truncated,

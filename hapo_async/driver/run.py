@@ -30,6 +30,7 @@ from hapo_async.driver.training import StepTimes, Trained, Trainer
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
+from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
 from hapo_async.report import page as report
 from hapo_async.rundir import RunDir
 from hapo_async.types import Version
@@ -158,6 +159,7 @@ class _Run:
             writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
             if purge is not None:
                 rollouts.discard(self.folder.path, purge)
+                metrics.discard(self.folder.path / QUARANTINE_FILE, purge)
             view = stack.enter_context(LiveView(self.config.train.steps, began=self.began))
             if self.resumed:
                 view.console.print(f"continuing from the checkpoint of step {self.resumed.step}", highlight=False)
@@ -198,6 +200,7 @@ class _Run:
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
         self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
         self.sampler.step = step
+        self.sampler.retries.quarantine = Quarantine(self.folder.path)
         if state:
             self.sampler.posteriors.restore(state.get("gate", {}))
 
