@@ -68,9 +68,8 @@ async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
     A call on a frozen actor raises nothing by itself, hence the deadline.
     """
     try:
-        return await asyncio.wait_for(_result(ref), deadline_s)
-    except TimeoutError:
-        raise CallFailed(who, f"no answer within {deadline_s:.0f} s", gone=True) from None
+        async with asyncio.timeout(deadline_s):
+            return await ref
     except ray.exceptions.ObjectLostError as error:
         raise CallFailed(
             who, f"an object that it needs is lost ({type(error).__name__})", gone=False, lost=True
@@ -79,9 +78,7 @@ async def answer(ref: ray.ObjectRef, deadline_s: float, who: str) -> Any:
         cause = getattr(error, "cause", None) or error
         # An engine that died under a living actor is as gone as the actor: it exits right after.
         raise CallFailed(who, f"{type(cause).__name__}: {cause}", gone=isinstance(cause, EngineDead)) from error
+    except TimeoutError:  # after those of Ray's errors that are one: a call that timed out in its actor was answered
+        raise CallFailed(who, f"no answer within {deadline_s:.0f} s", gone=True) from None
     except ray.exceptions.RayError as error:  # the actor, its worker or its node died, or was killed for memory
         raise CallFailed(who, f"died ({type(error).__name__})", gone=True) from error
-
-
-async def _result(ref: ray.ObjectRef) -> Any:
-    return await ref

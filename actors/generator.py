@@ -21,8 +21,10 @@ import torch
 from actors import vllm_engine
 from hapo_async import engine as engines
 from hapo_async.config import Config
-from hapo_async.sampler import Sampled, Sampler
-from hapo_async.types import Answer, Group, GroupHeader, GroupKey, GroupRequest, Source
+from hapo_async.rows import Sampled
+from hapo_async.sampler import Sampler
+from hapo_async.scoring import Pair
+from hapo_async.types import Answer, Group, GroupHeader, GroupKey, GroupRequest, Source, Version
 from hapo_async.weights import Manifest, Staging
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class GeneratorActor:
         self._starting = asyncio.Lock()
         self._installing = asyncio.Lock()
         self._tokenizer: Any = None
+        self._received = 0  # buckets
 
     @property
     def engine(self) -> engines.Engine:
@@ -88,8 +91,17 @@ class GeneratorActor:
     @ray.method(num_returns=2)
     async def collect(self, key: GroupKey) -> tuple[GroupHeader, Group]:
         """Waits for a group and hands it out, once: (header, payload). Raises EngineError for an unknown key."""
+        return await self._hand_out(GroupKey(*key))
+
+    @ray.method(num_returns=2)
+    async def sample(self, request: GroupRequest) -> tuple[GroupHeader, Group]:
+        """``submit`` and ``collect`` of one group in one call, since calls are what a group costs the driver."""
+        await self.submit([request])
+        return await self._hand_out(request.key)
+
+    async def _hand_out(self, key: GroupKey) -> tuple[GroupHeader, Group]:
         with self._exit_when_dead():
-            sampled = await self.engine.collect(GroupKey(*key))
+            sampled = await self.engine.collect(key)
         group = await asyncio.to_thread(self._group, sampled)
         return GroupHeader.of(group, sampled.seconds), group
 
@@ -106,13 +118,35 @@ class GeneratorActor:
         temperature = request.sampling.temperature or 1.0
         return Group(request.key, request.prompt_tokens, answers, temperature, self.name, os.getpid())
 
-    async def truncate(self, keys: list[GroupKey]) -> None:
-        """Ends running answers now ("length"); what was sampled is kept."""
-        await self.engine.truncate([GroupKey(*k) for k in keys])
+    async def truncate(self, keys: list[GroupKey]) -> engines.Lengths:
+        """Ends running answers now ("length"); what was sampled is kept. Returns the lengths at that moment."""
+        with self._exit_when_dead():
+            return await self.engine.truncate([GroupKey(*k) for k in keys])
 
-    async def abort(self, keys: list[GroupKey]) -> None:
-        """Forgets groups."""
-        await self.engine.abort([GroupKey(*k) for k in keys])
+    async def abort(self, keys: list[GroupKey]) -> engines.Lengths:
+        """Forgets groups. Returns how long their answers were."""
+        with self._exit_when_dead():
+            return await self.engine.abort([GroupKey(*k) for k in keys])
+
+    async def score(self, sequences: list[Pair]) -> tuple[Version, list[np.ndarray]]:
+        """(version, log-probs float32 [T] of each sequence at temperature 1), all under that one version. Raises
+        EngineError."""
+        with self._exit_when_dead():
+            return await self.engine.score(sequences)
+
+    # ---------------------------------------------------------------- taking turns
+
+    async def sleep(self) -> None:
+        """Frees memory for a learner on the same device: on GPUs keys, values and weights, on CPUs what the engine can give
+        back (transformers: keys and values; vLLM: nothing, it cannot sleep there). Raises EngineError while groups are in
+        flight."""
+        with self._exit_when_dead():
+            await self.engine.sleep()
+
+    async def wake(self) -> None:
+        """Undoes ``sleep``."""
+        with self._exit_when_dead():
+            await self.engine.wake()
 
     # ---------------------------------------------------------------- weights
 
@@ -125,11 +159,21 @@ class GeneratorActor:
             start = time.perf_counter()
             engines.check_manifest(manifest, self.engine.version)
             deadline = time.monotonic() + self.config.weights.deadline_s
-            tensors = await asyncio.to_thread(_receive, manifest, refs, deadline)
+            tensors = await asyncio.to_thread(self._receive, manifest, refs, deadline)
             fetch_s = time.perf_counter() - start
             with self._exit_when_dead():
                 pause_s = await self.engine.install(manifest, tensors)
         return {"version": str(manifest.version), "fetch_s": fetch_s, "pause_s": pause_s, "bytes": manifest.nbytes}
+
+    def _receive(
+        self, manifest: Manifest, refs: list[ray.ObjectRef], deadline: float
+    ) -> list[tuple[str, torch.Tensor]]:
+        """All tensors of a version, verified. One bucket is fetched at a time, so that staging holds one copy and no more."""
+        staging = Staging(manifest)
+        for index, ref in enumerate(refs):
+            staging.put(index, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
+            self._received += 1
+        return staging.commit()
 
     # ---------------------------------------------------------------- the rest
 
@@ -144,19 +188,11 @@ class GeneratorActor:
             raise
 
     async def stats(self) -> dict[str, Any]:
-        """running_groups, running_sequences, waiting_sequences, tokens, version, pid."""
-        return {**self.engine.stats(), "pid": os.getpid()}
+        """running_groups, running_sequences, waiting_sequences, tokens, version, received (buckets of weights), pid."""
+        return {**self.engine.stats(), "received": self._received, "pid": os.getpid()}
 
     async def close(self) -> None:
         """Stops the engine and its processes."""
         if self._engine is not None:
             await self._engine.close()
             self._engine = None
-
-
-def _receive(manifest: Manifest, refs: list[ray.ObjectRef], deadline: float) -> list[tuple[str, torch.Tensor]]:
-    """All tensors of a version, verified. One bucket is fetched at a time, so that staging holds one copy and no more."""
-    staging = Staging(manifest)
-    for index, ref in enumerate(refs):
-        staging.put(index, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
-    return staging.commit()

@@ -14,12 +14,13 @@ and then all of them are ended.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import ray
 import torch
 
 from actors import placement, weights, zero, zero_files
-from actors.calls import CallFailed, answer
+from actors.calls import CallFailed, Calls, Pending
 from actors.reference import FrozenReference
 from actors.zero import check_overrides
 from hapo_async import inject
@@ -37,6 +38,7 @@ from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.inject import Sequence as TokenSequence
 from hapo_async.learner.learn import Learner, check_needs, needs_of
+from hapo_async.learner.progress import Progress
 from hapo_async.learner.tally import RankReport, merge
 from hapo_async.types import Group, Version
 from hapo_async.weights import Manifest
@@ -51,8 +53,19 @@ GRACE_S = 2.0  # how long the other ranks' own errors are waited for
 PREFETCH_S = 30.0  # what is not there by then is fetched when the step asks for it
 
 
+def _told(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a rank, of which ``ping`` tells while it runs."""
+
+    @functools.wraps(method)
+    def run(self: LearnerRank, *arguments: Any) -> Any:
+        with self.progress.during(method.__name__):
+            return method(self, *arguments)
+
+    return run
+
+
 class LearnerRank:
-    """One rank. All methods but ``ping`` run in one thread, in the order of the calls.
+    """One rank. All methods but ``ping`` and ``prefetch`` run in one thread, in the order of the calls.
 
     needs: "reference" and "value" load a reference model and a critic, for this configuration or a later one.
     """
@@ -66,11 +79,12 @@ class LearnerRank:
         self.rank, self.world_size = rank, world_size
         self.config, self.model_path, self.device, self.needs = config, model_path, device, needs
         self._listener: socket.socket | None = None
+        self.progress = Progress()
 
     @ray.method(concurrency_group="control")
-    def ping(self) -> int:
-        """This process's id; answered while the rank computes."""
-        return os.getpid()
+    def ping(self) -> dict[str, Any]:
+        """pid, what the rank is doing and how far it is (``Progress.read``); answered while it computes."""
+        return self.progress.read()
 
     def listen(self) -> tuple[str, int]:
         """Opens the rendezvous on this rank's own node, on no other interface."""
@@ -91,6 +105,9 @@ class LearnerRank:
             self.model_path, c, dtype=dtype, device=self.device, with_value="value" in self.needs
         )
         self.learner = Learner(self.backend, c, reference)
+        self.backend.moved = self.progress.move
+        for policy in (self.backend.policy, *([reference.policy] if reference else [])):
+            self.progress.watch(policy.model)
         return os.getpid()
 
     def _reference(self, dtype: torch.dtype) -> FrozenReference:
@@ -98,18 +115,22 @@ class LearnerRank:
         tree = zero.engine_config(self.config, dtype, self.device) if partitioned else None
         return FrozenReference(self.model_path, self.config, dtype=dtype, device=self.device, engine_config=tree)
 
+    @_told
     def step(self, plan: StepPlan) -> RankReport:
         """Fetches the payloads of the plan and trains on it."""
         return self.learner.step(plan, self._sequences(plan))
 
+    @_told
     def holdout(self, plan: StepPlan) -> RankReport:
         """The objective on the plan's groups, without gradient."""
         return self.learner.holdout(plan, self._sequences(plan))
 
+    @_told
     def score(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
         """Log-probs at temperature 1, one array per sequence."""
         return self.learner.score(sequences)
 
+    @_told
     def configure(self, config: Config) -> None:
         """Another algorithm or other settings on the same weights."""
         self.learner.configure(config)
@@ -119,7 +140,9 @@ class LearnerRank:
         """This rank's sequences of each mini-batch, payloads fetched."""
         groups = [group for mini in plan.minis for group in mini]
         refs = [g.payload for g in groups if g.payload is not None]
-        payloads: dict[Any, Group] = dict(zip(refs, ray.get(refs, timeout=self.config.learner.deadline_s), strict=True))
+        with self.progress.during("step, fetching answers"):
+            fetched = ray.get(refs, timeout=self.config.learner.deadline_s)
+        payloads: dict[Any, Group] = dict(zip(refs, fetched, strict=True))
         return [
             [
                 sequence
@@ -129,6 +152,7 @@ class LearnerRank:
             for mini in plan.minis
         ]
 
+    @_told
     def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]] | None:
         """Walks the weights; rank 0 puts them into the object store."""
         return weights.publish(self.backend, version, self.config.weights.bucket_bytes)
@@ -138,19 +162,23 @@ class LearnerRank:
         """Brings objects to this rank's node while it computes; how many are there now."""
         return len(ray.wait(refs, num_returns=len(refs), timeout=PREFETCH_S, fetch_local=True)[0])
 
+    @_told
     def sleep(self) -> None:
         """Leaves the device to the generators."""
         self.backend.sleep()
 
+    @_told
     def wake(self) -> None:
         self.backend.wake()
 
+    @_told
     def save(self, folder: str) -> None:
         """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume)."""
         root = Path(folder)
         zero_files.save_model(self.backend, root / "model", self.model_path, self.config.weights.bucket_bytes)
         zero_files.save_state(self.backend, root / "state", self.learner.state())
 
+    @_told
     def load(self, folder: str) -> None:
         """Restores what ``save`` wrote."""
         self.learner.load_state(zero_files.load_state(self.backend, Path(folder) / "state"))
@@ -177,6 +205,7 @@ class LearnerGroup:
         # On one node every object is at hand already.
         self.is_remote = ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
         self._broken: str | None = None
+        self._calls = Calls()
 
     @classmethod
     async def start(
@@ -198,7 +227,11 @@ class LearnerGroup:
         needs = needs_of(config) | later
         if later & {"topk", "ref_logp", "ref_kl", "future"}:
             needs |= {"reference"}
-        settings: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 1, "data": 1}}
+        settings: dict[str, Any] = {
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {"control": 1, "data": 1},
+        }
         actor: Any = ray.remote(**settings)(rank_class)
         ranks = [
             actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
@@ -278,7 +311,7 @@ class LearnerGroup:
     async def close(self) -> None:
         """Ends all ranks and frees their places."""
         if self._broken is None:
-            calls = [self._answer(i, rank.close.remote(), PING_S) for i, rank in enumerate(self.ranks)]
+            calls = [self._answer(i, rank, "close", (), PING_S) for i, rank in enumerate(self.ranks)]
             await asyncio.gather(*calls, return_exceptions=True)
             self._end("the learner was closed")
         if self.slot is not None:
@@ -286,6 +319,15 @@ class LearnerGroup:
             self.slot = None
 
     # ---------------------------------------------------------------- calls
+
+    def calls(self) -> list[Pending]:
+        """Remote calls that have not been answered, oldest first."""
+        return self._calls.pending()
+
+    async def ping(self, index: int, deadline_s: float) -> dict[str, Any]:
+        """What one rank is doing: ``LearnerRank.ping``. Raises CallFailed; breaks nothing."""
+        told: dict[str, Any] = await self._answer(index, self.ranks[index], "ping", (), deadline_s)
+        return told
 
     async def _call(
         self, method: str, arguments: Sequence[tuple[Any, ...]], deadline_s: float, ranks: Sequence[Any] | None = None
@@ -295,7 +337,7 @@ class LearnerGroup:
             raise RunError(f"learner.{method}: {self._broken}")
         targets = self.ranks if ranks is None else ranks
         tasks = [
-            asyncio.ensure_future(self._answer(i, getattr(rank, method).remote(*args), deadline_s))
+            asyncio.ensure_future(self._answer(i, rank, method, args, deadline_s))
             for i, (rank, args) in enumerate(zip(targets, arguments, strict=True))
         ]
         try:
@@ -308,13 +350,14 @@ class LearnerGroup:
             for task in tasks:
                 task.cancel()
 
-    async def _answer(self, index: int, ref: ray.ObjectRef, deadline_s: float) -> Any:
-        return await answer(ref, deadline_s, f"learner rank {index}")
+    async def _answer(self, index: int, rank: Any, method: str, args: tuple[Any, ...], deadline_s: float) -> Any:
+        ref = getattr(rank, method).remote(*args)
+        return await self._calls.answer(ref, deadline_s, rank_name(index), method)
 
     async def _diagnose(self, method: str, tasks: Sequence[asyncio.Future[Any]]) -> str:
         """Who failed: ranks that are dead or silent, else the first error that is not a mere broken collective."""
         await asyncio.wait(tasks, timeout=GRACE_S)
-        pings = [self._answer(i, rank.ping.remote(), PING_S) for i, rank in enumerate(self.ranks)]
+        pings = [self._answer(i, rank, "ping", (), PING_S) for i, rank in enumerate(self.ranks)]
         silent = [p for p in await asyncio.gather(*pings, return_exceptions=True) if isinstance(p, CallFailed)]
         if silent:
             return f"learner.{method} failed: " + "; ".join(_state(p) for p in silent)
@@ -327,6 +370,10 @@ class LearnerGroup:
         self._broken = why
         for rank in self.ranks:
             ray.kill(rank, no_restart=True)
+
+
+def rank_name(index: int) -> str:
+    return f"learner rank {index}"
 
 
 def _state(failure: CallFailed) -> str:

@@ -64,6 +64,7 @@ class FrozenReference:
             self._announced = HfDeepSpeedConfig(engine_config)
         policy = load_policy(model_path, frozen, dtype=dtype, device=device if engine_config is None else None)
         policy.eval().requires_grad_(False)
+        self.policy = policy
         self._projection = policy.model.get_output_embeddings()
         self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._model: Any = _ReferenceModel(policy)

@@ -5,6 +5,7 @@ The actor waits; the workers work. They die with it, however it ends. One pool p
 | method | consumes | waits for | unblocked by |
 |---|---|---|---|
 | ``judge`` | one group | its answers' judgements | the pool: an answer takes at most ``timeout_s`` in its worker |
+| ``stats`` | nothing | nothing: it is answered while others judge | |
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class VerifierActor:
     def __init__(self, name: str, workers: int, timeout_s: float) -> None:
         self._name, self._workers, self._timeout_s = name, workers, timeout_s
         self._pools: dict[str, VerifierPool] = {}
+        self._waiting = 0
 
     async def ready(self) -> dict[str, Any]:
         """Starts the default verifier's workers. Raises ConfigError when a plug-in cannot be loaded in them."""
@@ -43,10 +45,15 @@ class VerifierActor:
     ) -> list[Judgement]:
         """One judgement per answer, in order. ``group`` is passed as an object reference and resolved by Ray."""
         items = [(prompt_text, answer.text, truth, extra or {}) for answer in group.answers]
-        return await self._pool(verifier or self._name).judge_async(items)
+        self._waiting += len(items)
+        try:
+            return await self._pool(verifier or self._name).judge_async(items)
+        finally:
+            self._waiting -= len(items)
 
     async def stats(self) -> dict[str, Any]:
-        """Judgements and verdicts over all pools, the slowest pool's median seconds, worker pids."""
+        """Answered while others are judged: judgements and verdicts over all pools, answers of groups that wait for theirs,
+        the slowest pool's median seconds, worker pids."""
         each = [pool.stats() for pool in self._pools.values()]
         verdicts: Counter[str] = Counter()
         for stats in each:
@@ -54,6 +61,7 @@ class VerifierActor:
         return {
             "pid": os.getpid(),
             "judged": sum(verdicts.values()),
+            "waiting": self._waiting,
             "verdicts": dict(verdicts),
             "p50_s": max((s["p50_s"] for s in each), default=0.0),
             "workers_started": sum(s["workers_started"] for s in each),

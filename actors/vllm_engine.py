@@ -1,19 +1,17 @@
 """The vLLM engine: one request per answer, weights swapped by vLLM's own pause, update and resume.
 
-vLLM is imported only when this engine is started or its arguments are checked: the driver runs without it.
+vLLM is imported only when this engine is started: the driver runs without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import difflib
-import importlib.util
+import itertools
 import os
 import tempfile
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,104 +20,22 @@ import ray
 import torch
 from safetensors.torch import save_file
 
+from actors.vllm_args import all_args, engine_args, is_installed, set_environment
 from hapo_async.config import Config
-from hapo_async.engine import EngineDead, EngineError, Mailbox, check_manifest, stop_ids
-from hapo_async.errors import ConfigError
-from hapo_async.sampler import Sampled, match_parameters
+from hapo_async.engine import EngineDead, EngineError, Lengths, Mailbox, check_manifest, stop_ids
+from hapo_async.rows import Sampled
+from hapo_async.scoring import Pair
 from hapo_async.types import Answer, GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
-from hapo_async.weights import Manifest, TransferError
+from hapo_async.weights import Manifest, TransferError, match_parameters
 
-# Set by us, because the recorded log-probs, the weight stream or the placement depend on them.
-OWNED = {
-    "model": "model",
-    "tokenizer": "model",
-    "dtype": "generator.dtype",
-    "seed": "seed",
-    "tensor_parallel_size": "generator.tensor_parallel",
-    "pipeline_parallel_size": "generator.pipeline_parallel",
-    "distributed_executor_backend": "generator.tensor_parallel",
-    "logprobs_mode": "",
-    "generation_config": "",
-    "skip_tokenizer_init": "",
-    "weight_transfer_config": "",
-    "worker_extension_cls": "",
-    "trust_remote_code": "",
-}
-CPU_KV_BYTES = 256 << 20
-CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # beside a busy neighbour, more threads are many times slower
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process, instead of one more of 900 MB
-}
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+__all__ = ["VllmEngine", "engine_args", "is_installed", "start"]
 
-
-def is_installed() -> bool:
-    """Whether vLLM can be imported; it is not imported here."""
-    return importlib.util.find_spec("vllm") is not None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def engine_args(config: Config) -> dict[str, Any]:
-    """The ``vllm:`` section, checked against vLLM's AsyncEngineArgs. Raises ConfigError with the nearest name."""
-    given = dict(config.vllm)
-    if not given:
-        return {}
-    for key in given:
-        if key in OWNED:
-            instead = f" Set {OWNED[key]} instead." if OWNED[key] else ""
-            raise ConfigError(f"vllm.{key} is set by hapo_async itself and cannot be given.{instead}")
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = [f.name for f in dataclasses.fields(AsyncEngineArgs)]
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else " vLLM's AsyncEngineArgs lists all."
-            raise ConfigError(f"vllm.{key} is not an argument of vLLM's engine.{hint}")
-    return given
-
-
-def _all_args(config: Config, model_path: str, device: str, name: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    g = config.generator
-    width = g.tensor_parallel * g.pipeline_parallel
-    limit = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().max_position_embeddings
-    needed = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.eval.max_tokens)
-    args = {
-        "max_model_len": min(limit, needed),
-        "disable_log_stats": True,
-        **({"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES} if device == "cpu" else {}),
-        **engine_args(config),
-    }
-    dtype = ("bfloat16" if device == "cuda" else "float32") if g.dtype == "auto" else g.dtype
-    return args | {
-        "model": model_path,
-        "dtype": dtype,
-        # vLLM draws from one stream per engine; each generator gets its own.
-        "seed": zlib.crc32(f"{config.seed}/{name}".encode()) & 0x7FFFFFFF,
-        "tensor_parallel_size": g.tensor_parallel,
-        "pipeline_parallel_size": g.pipeline_parallel,
-        # Several ranks: vLLM's Ray workers take the bundles of this actor's placement group.
-        "distributed_executor_backend": "ray" if width > 1 else None,
-        "logprobs_mode": "processed_logprobs",  # the distribution that was sampled from, after temperature
-        "generation_config": "vllm",  # no sampling defaults from the model's folder
-        "skip_tokenizer_init": True,
-        "weight_transfer_config": {"backend": "hapo_file"},
-        "worker_extension_cls": "actors.vllm_transfer.WorkerExtension",
-    }
+SCORE_S = 30.0  # weights wait for what is being scored, so that has a deadline of its own
 
 
 async def start(config: Config, model_path: str, tokenizer: Any, device: str, name: str) -> VllmEngine:
     """Starts vLLM and its processes: seconds on a small model, minutes on a large one."""
-    defaults = ENVIRONMENT | (CPU_ENVIRONMENT if device == "cpu" else {})
-    os.environ.update({k: v for k, v in defaults.items() if k not in os.environ})
+    set_environment(device)
     # vLLM binds its sockets to this address: loopback under a Ray that stays on loopback, never a wildcard.
     os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
     return await asyncio.to_thread(_build, config, model_path, tokenizer, device, name)
@@ -137,23 +53,21 @@ def _build(config: Config, model_path: str, tokenizer: Any, device: str, name: s
         generation = GenerationConfig.from_pretrained(model_path)
     except OSError:
         generation = None
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_all_args(config, model_path, device, name)))
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**all_args(config, model_path, device, name)))
     return VllmEngine(
         llm, skeleton, stop_ids(tokenizer, model_config, generation), config.generator.kv_cache == "recompute"
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The engine
-
-
 @dataclasses.dataclass
 class _Job:
-    """One group in work. running: vLLM's request id of each unfinished answer, by index."""
+    """One group in work. running: what collects each unfinished answer, by index. lengths: tokens of each answer; of a
+    running one those of its resumed prefix."""
 
     request: GroupRequest
     since: float
-    running: dict[int, str] = dataclasses.field(default_factory=dict)
+    running: dict[int, Any] = dataclasses.field(default_factory=dict)
+    lengths: dict[int, int] = dataclasses.field(default_factory=dict)
     is_truncated: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -170,12 +84,18 @@ class VllmEngine:
         self._mailbox = Mailbox()
         self._jobs: dict[GroupKey, _Job] = {}
         self._tokens = 0
+        self._numbers = itertools.count()
+        self._still = asyncio.Lock()  # whoever holds it changes the weights, or needs them not to change
         self._is_labelled = False
         self._is_torn = False
+        self._is_asleep = False
+        self._can_sleep = bool(llm.model_config.enable_sleep_mode)
 
     async def submit(self, requests: Sequence[GroupRequest]) -> None:
+        self._check_awake()
         for request in requests:
-            self._check(request)
+            n, sampling = len(request.prompt_tokens), request.sampling
+            self._check_length(f"group {request.key}", n, sampling.max_tokens)
         await self._label()
         keys = [r.key for r in requests]
         self._mailbox.open(keys)
@@ -190,22 +110,49 @@ class VllmEngine:
     async def collect(self, key: GroupKey) -> Sampled:
         return await self._mailbox.take(key)
 
-    async def truncate(self, keys: Sequence[GroupKey]) -> None:
-        for job in [self._jobs[k] for k in keys if k in self._jobs]:
+    async def truncate(self, keys: Sequence[GroupKey]) -> Lengths:
+        found = self._lengths(keys)
+        jobs = [self._jobs[k] for k in keys if k in self._jobs]
+        for job in jobs:
             job.is_truncated = True
-            await self._llm.abort(list(job.running.values()))
+        await self._stop_requests([collector for job in jobs for collector in job.running.values()])
+        return found
 
-    async def abort(self, keys: Sequence[GroupKey]) -> None:
+    async def abort(self, keys: Sequence[GroupKey]) -> Lengths:
+        found = self._lengths(keys)
         await self._forget(keys, EngineError(f"groups {', '.join(map(str, keys))} were aborted"))
+        return found
 
     def stats(self) -> dict[str, Any]:
+        running = [collector for job in self._jobs.values() for collector in job.running.values()]
         return {
             "running_groups": len(self._jobs),
-            "running_sequences": sum(len(j.running) for j in self._jobs.values()),
+            "running_sequences": len(running),
             "waiting_sequences": 0,
-            "tokens": self._tokens,
+            "tokens": self._tokens + sum(map(self._sampled, running)),
             "version": str(self.version),
         }
+
+    def _lengths(self, keys: Sequence[GroupKey]) -> Lengths:
+        found = self._mailbox.lengths(keys)
+        for key, job in ((k, self._jobs[k]) for k in keys if k in self._jobs):
+            running = {i: self._sampled(collector) for i, collector in job.running.items()}
+            found[key] = tuple(n + running.get(i, 0) for i, n in sorted(job.lengths.items()))
+        return found
+
+    def _sampled(self, collector: Any) -> int:
+        """Tokens of a running answer, where vLLM gathers them: asking costs its sampling nothing."""
+        state = self._llm.output_processor.request_states.get(collector.request_id)
+        if state is not None:
+            return int(state.detokenizer.num_output_tokens())
+        output = collector.output  # finished, or an exception, and not taken yet
+        return len(output.outputs[0].token_ids) if hasattr(output, "outputs") else 0
+
+    async def _stop_requests(self, collectors: Iterable[Any]) -> None:
+        """Ends requests now; what they have comes out of their collectors. Those that have ended are ignored."""
+        ids = [collector.request_id for collector in collectors]
+        if ids and not self._llm.errored:
+            await self._llm.abort(ids, internal=True)
 
     async def close(self) -> None:
         await self._forget(list(self._jobs), EngineError("the engine was closed"))
@@ -223,15 +170,21 @@ class VllmEngine:
         with tempfile.TemporaryDirectory(prefix="hapo-", dir=_shared_memory()) as folder:
             path = Path(folder) / "weights.safetensors"
             await asyncio.to_thread(save_file, dict(staged), path)
-            return await self._swap(manifest.version, str(path))
+            async with self._still:
+                return await self._swap(manifest.version, str(path))
 
     async def _swap(self, version: Version, path: str) -> float:
         """Pauses, loads, resumes. From the first write on a failure leaves the engine torn: it keeps its requests, paused,
-        until a later version was loaded whole."""
+        until a later version was loaded whole. An engine that sleeps on a GPU is paused already, without a cache, and goes on
+        sleeping."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         start = time.perf_counter()
-        await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
+        sleeps = self._is_asleep and self._can_sleep
+        if sleeps:
+            await self._llm.wake_up(tags=["weights"])
+        else:
+            await self._llm.pause_generation(mode="keep", clear_cache=self._recompute)
         try:
             await self._llm.start_weight_update()
             self._is_torn = True
@@ -246,10 +199,27 @@ class VllmEngine:
                 raise self._failure(f"vLLM died while it loaded version {version}", error) from error
             raise TransferError(f"vLLM could not load version {version} ({error}); {state}") from error
         finally:
-            if not self._is_torn and not self._llm.errored:
+            if not self._is_torn and not self._llm.errored and not sleeps:
                 await self._llm.resume_generation()
         self.version = version
         return time.perf_counter() - start
+
+    async def sleep(self) -> None:
+        """On GPUs weights go to host memory and the KV cache is dropped. On CPUs vLLM cannot sleep: nothing is freed."""
+        async with self._still:
+            if self._jobs:
+                raise EngineError(f"{len(self._jobs)} groups are in flight; an engine sleeps when none is")
+            if self._can_sleep and not self._is_asleep:
+                await self._llm.sleep(level=1, mode="keep")
+            self._is_asleep = True
+
+    async def wake(self) -> None:
+        async with self._still:
+            if self._can_sleep and self._is_asleep:
+                await self._llm.wake_up()
+                if self._is_torn:  # waking resumes, but nothing may be sampled from these weights
+                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+            self._is_asleep = False
 
     async def _label(self) -> None:
         """vLLM calls the weights it started with "default"."""
@@ -257,16 +227,67 @@ class VllmEngine:
             self._is_labelled = True
             await self._llm.update_weight_version(str(self.version))
 
+    # ---------------------------------------------------------------- scoring
+
+    async def score(self, sequences: Sequence[Pair]) -> tuple[Version, list[np.ndarray]]:
+        """Each sequence is the prompt of a request for one token: vLLM then tells the log-probs of the prompt, reads no
+        cached prefix for it, and takes it before those that wait to be sampled. Weights stay as they are meanwhile."""
+        self._check_awake()
+        for prompt, tokens in sequences:
+            self._check_length("a sequence to be scored", len(prompt), len(tokens) + 1)
+        collectors: list[Any] = []
+        try:
+            async with asyncio.timeout(SCORE_S), self._still:
+                if self._is_torn:
+                    raise EngineError("nothing can be scored: the weights are torn until a full update succeeds")
+                for prompt, tokens in sequences:
+                    collectors.append(await self._request_score(np.concatenate([prompt, tokens])))
+                outputs = [await _final(collector) for collector in collectors]
+                return self.version, [_prompt_logp(o, len(s[0])) for o, s in zip(outputs, sequences, strict=True)]
+        except TimeoutError:
+            raise EngineError(f"{len(sequences)} sequences were not scored within {SCORE_S:.0f} s") from None
+        except EngineError:
+            raise
+        except Exception as error:
+            raise self._failure("vLLM could not score", error) from error
+        finally:
+            await self._stop_requests(collectors)
+
+    async def _request_score(self, tokens: np.ndarray) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,  # of the prompt's own tokens alone; at temperature 1 whatever the request's
+            skip_reading_prefix_cache=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return await self._llm.add_request(f"score#{next(self._numbers)}", self._prompt(tokens), params, priority=-1)
+
     # ---------------------------------------------------------------- answers
 
-    def _check(self, request: GroupRequest) -> None:
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise EngineError("the engine is asleep; wake it first")
+
+    def _check_length(self, what: str, prompt: int, tokens: int) -> None:
         longest = self._llm.model_config.max_model_len
-        length = len(request.prompt_tokens) + request.sampling.max_tokens
-        if length > longest:
+        if prompt + tokens > longest:
             raise EngineError(
-                f"group {request.key}: {len(request.prompt_tokens)} prompt tokens and {request.sampling.max_tokens} new ones "
-                f"exceed vLLM's {longest}. Raise vllm.max_model_len, or lower data.max_prompt_tokens or sampling.max_tokens."
+                f"{what}: {prompt} prompt tokens and {tokens} new ones exceed vLLM's {longest}. Raise vllm.max_model_len, or "
+                "lower data.max_prompt_tokens or sampling.max_tokens."
             )
+        if not prompt:
+            raise EngineError(f"{what}: the prompt is empty; the first token needs something to follow")
+
+    def _prompt(self, tokens: np.ndarray) -> dict[str, Any]:
+        prompt: dict[str, Any] = {"prompt_token_ids": tokens.tolist()}
+        if not self._recompute:
+            # Kept caches outlive an update: a prompt must not find the blocks of an older version.
+            prompt["cache_salt"] = str(self.version)
+        return prompt
 
     async def _start(self, request: GroupRequest) -> None:
         """Hands all answers to vLLM before returning, so that truncate and abort always find them."""
@@ -275,7 +296,8 @@ class VllmEngine:
         answers = []
         for index in range(request.sampling.n):
             prefix = prefixes.get(index)
-            left = request.sampling.max_tokens - (prefix.length if prefix else 0)
+            job.lengths[index] = prefix.length if prefix else 0
+            left = request.sampling.max_tokens - job.lengths[index]
             if prefix and (prefix.finish_reason != "abort" or left <= 0):
                 reason = "length" if prefix.finish_reason == "abort" else prefix.finish_reason
                 answers.append(_done(dataclasses.replace(prefix, finish_reason=reason)))
@@ -299,21 +321,18 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         tokens = [job.request.prompt_tokens] + ([prefix.tokens] if prefix else [])
-        prompt: dict[str, Any] = {"prompt_token_ids": np.concatenate(tokens).tolist()}
-        if not self._recompute:
-            # Kept caches outlive an update: a prompt must not find the blocks of an older version.
-            prompt["cache_salt"] = str(self.version)
-        request_id = f"{job.request.key}#{index}{again}"
-        collector = await self._llm.add_request(request_id, prompt, params)
-        job.running[index] = request_id
+        prompt = self._prompt(np.concatenate(tokens))
+        collector = await self._llm.add_request(f"{job.request.key}#{index}{again}", prompt, params)
+        job.running[index] = collector
         return collector
 
     async def _answer(self, job: _Job, index: int, prefix: Answer | None, left: int, collector: Any) -> Answer:
-        output = await _final(collector)
+        output = (await _final(collector)).outputs[0]
         if job.is_truncated and not output.token_ids:
             # Truncated before its first token: an answer has at least one.
-            output = await _final(await self._request(job, index, prefix, 1, again="#1"))
+            output = (await _final(await self._request(job, index, prefix, 1, again="#1"))).outputs[0]
         job.running.pop(index, None)
+        job.lengths[index] += len(output.token_ids)
         self._tokens += len(output.token_ids)
         before = prefix.segments if prefix else ()
         reason = {"abort": "length"}.get(output.finish_reason, output.finish_reason)
@@ -342,9 +361,9 @@ class VllmEngine:
             if job.task:
                 job.task.cancel()
         self._mailbox.close(keys, error)
-        ids = [request_id for job in jobs for request_id in job.running.values()]
-        if ids and not self._llm.errored:
-            await self._llm.abort(ids)
+        collectors = [collector for job in jobs for collector in job.running.values()]
+        self._tokens += sum(map(self._sampled, collectors))
+        await self._stop_requests(collectors)
 
 
 async def _done(answer: Answer) -> Answer:
@@ -352,13 +371,19 @@ async def _done(answer: Answer) -> Answer:
 
 
 async def _final(collector: Any) -> Any:
-    """The CompletionOutput of one request. Raises what vLLM put into its queue (EngineDeadError when it died)."""
+    """The last RequestOutput of one request. Raises what vLLM put into its queue (EngineDeadError when it died)."""
     try:
         while not (output := collector.get_nowait() or await collector.get()).finished:
             pass
     finally:
         collector.close()
-    return output.outputs[0]
+    return output
+
+
+def _prompt_logp(output: Any, start: int) -> np.ndarray:
+    """float32 [T]: log-probs of a prompt's tokens from position ``start`` on."""
+    entries = zip(output.prompt_logprobs[start:], output.prompt_token_ids[start:], strict=True)
+    return np.array([entry[token].logprob for entry, token in entries], np.float32)
 
 
 def _segment(output: Any) -> Segment:

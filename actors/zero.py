@@ -225,6 +225,7 @@ class ZeroBackend:
         # DeepSpeed averages over ranks; our losses are already divided by the global count and want a sum.
         self.loss_scale = float(self.world_size)
         self._bound = _NormBound(self.optimizer)
+        self.moved: Callable[[], None] = lambda: None  # called whenever something was done
 
     def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
         return self.engine(micro, **wanted)
@@ -232,10 +233,12 @@ class ZeroBackend:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+        self.moved()
 
     def update(self, max_norm: float | None = None) -> Update:
         self._bound.set(max_norm)
         self.engine.step()
+        self.moved()
         norm = self._bound.exceeded or float(self.engine.get_global_grad_norm())
         return Update(grad_norm=norm, applied=not self.optimizer.overflow)
 
@@ -252,6 +255,7 @@ class ZeroBackend:
     def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, how))
+            self.moved()
         return tensor
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -291,6 +295,7 @@ class ZeroBackend:
         """Whole parameters inside the context, on every rank; a collective under ZeRO-3."""
         import deepspeed
 
+        self.moved()
         if self.stage < 3:
             yield
             return

@@ -7,6 +7,7 @@ advantage. Legend: P prompts, G answers in a group, T tokens of one sequence.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def options(name: str) -> tuple[str, ...]:
     return _option_names(_resolve(name)[0])
 
 
+@functools.cache
 def _option_names(name: str) -> tuple[str, ...]:
     parameters = inspect.signature(ADVANTAGES[name].compute).parameters
     return tuple(parameters)[2:]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from hapo_async import schedule, subkeys
+from hapo_async import corrections, schedule, subkeys
 from hapo_async.errors import ConfigError
 
 
@@ -189,9 +189,17 @@ class StalenessConfig(_Section):
 
     @field_validator("correction", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
+    def _correction(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `off` as False."""
+        corrections.resolve(value, {})
         return "off" if value is False else value
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "correction" in info.data:
+            corrections.resolve(info.data["correction"], value)
+        return value
 
 
 class WeightsConfig(_Section):
@@ -268,11 +276,9 @@ class Config(_Section):
         return self
 
     @property
-    def correction(self) -> str:
-        """The staleness correction with `auto` resolved."""
-        if self.staleness.correction != "auto":
-            return self.staleness.correction
-        return "tis" if self.max_staleness > 0 else "off"
+    def correction(self) -> corrections.Settings:
+        """The staleness correction with its options, `auto` resolved."""
+        return corrections.resolve(self.staleness.correction, self.staleness.options, self.max_staleness > 0)
 
     @property
     def is_timing_free(self) -> bool:

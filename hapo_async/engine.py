@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from hapo_async.errors import RunError
-from hapo_async.sampler import Sampled, Sampler
+from hapo_async.rows import Sampled
+from hapo_async.sampler import Sampler
+from hapo_async.scoring import Pair
 from hapo_async.slot_cache import ATTENTION
 from hapo_async.types import GroupKey, GroupRequest, Version
 from hapo_async.weights import Manifest, TransferError
@@ -26,6 +29,9 @@ from hapo_async.weights import Manifest, TransferError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Lengths = dict[GroupKey, tuple[int, ...]]
+"""Tokens so far of each answer, resumed prefixes included, by group."""
 
 
 class EngineError(RunError):
@@ -50,14 +56,28 @@ class Engine(Protocol):
     async def install(self, manifest: Manifest, staged: Sequence[tuple[str, torch.Tensor]]) -> float:
         """Pauses, swaps the weights, resumes; returns the seconds of the pause. On an error the old version serves on."""
 
-    async def truncate(self, keys: Sequence[GroupKey]) -> None:
-        """Ends running answers now, with finish_reason "length" and at least one token each. Unknown keys are ignored."""
+    async def truncate(self, keys: Sequence[GroupKey]) -> Lengths:
+        """Ends running answers now, with finish_reason "length" and at least one token each. Unknown keys are ignored.
+        Returns how long the answers of the others were at that moment."""
 
-    async def abort(self, keys: Sequence[GroupKey]) -> None:
-        """Forgets groups; whoever collects them gets an EngineError. Unknown keys are ignored."""
+    async def abort(self, keys: Sequence[GroupKey]) -> Lengths:
+        """Forgets groups; whoever collects them gets an EngineError. Unknown keys are ignored. Returns how long the
+        answers of the others were."""
+
+    async def score(self, sequences: Sequence[Pair]) -> tuple[Version, list[np.ndarray]]:
+        """(version, float32 [T] per sequence): log-probs at temperature 1 of its tokens after its prompt tokens, all under
+        that one version, while sampling goes on. Raises EngineError for what does not fit and while the engine sleeps."""
+
+    async def sleep(self) -> None:
+        """Frees what it can for somebody else on the same device, until ``wake``. Raises EngineError while groups are in
+        flight. Weights can be installed meanwhile; nothing can be sampled or scored."""
+
+    async def wake(self) -> None:
+        """Undoes ``sleep``."""
 
     def stats(self) -> dict[str, Any]:
-        """running_groups, running_sequences, waiting_sequences, tokens (sampled since the start), version."""
+        """running_groups, running_sequences, waiting_sequences, tokens (sampled since the start, running answers and
+        those that were aborted included: it moves with every decode step), version."""
 
     async def close(self) -> None:
         """Stops the engine and everything it started."""
@@ -90,6 +110,11 @@ class Mailbox:
         result = await asyncio.shield(self._slots[key])
         self._slots.pop(key, None)
         return result
+
+    def lengths(self, keys: Sequence[GroupKey]) -> Lengths:
+        """Of those groups that are complete and wait to be taken."""
+        slots = {k: self._slots[k] for k in keys if k in self._slots}
+        return {k: s.result().lengths for k, s in slots.items() if s.done() and not s.exception()}
 
     def fill(self, result: Sampled) -> None:
         slot = self._slots.get(result.request.key)
@@ -179,12 +204,27 @@ class TransformersEngine:
 
         return await self._between_steps(swap)
 
-    async def truncate(self, keys: Sequence[GroupKey]) -> None:
-        await self._between_steps(lambda: self._sampler.truncate(keys))
+    async def truncate(self, keys: Sequence[GroupKey]) -> Lengths:
+        found = await self._between_steps(lambda: self._sampler.truncate(keys))
+        return self._mailbox.lengths(keys) | found
 
-    async def abort(self, keys: Sequence[GroupKey]) -> None:
-        await self._between_steps(lambda: self._sampler.abort(keys))
+    async def abort(self, keys: Sequence[GroupKey]) -> Lengths:
+        found = await self._between_steps(lambda: self._sampler.abort(keys))
+        found = self._mailbox.lengths(keys) | found
         self._mailbox.close(keys, EngineError(f"groups {', '.join(map(str, keys))} were aborted"))
+        return found
+
+    async def score(self, sequences: Sequence[Pair]) -> tuple[Version, list[np.ndarray]]:
+        def score() -> tuple[Version, list[np.ndarray]]:
+            return self._sampler.version, self._sampler.score(sequences)
+
+        return await self._refusing(score)
+
+    async def sleep(self) -> None:
+        await self._refusing(self._sampler.sleep)
+
+    async def wake(self) -> None:
+        await self._between_steps(self._sampler.wake)
 
     def stats(self) -> dict[str, Any]:
         s = self._sampler
@@ -199,6 +239,13 @@ class TransformersEngine:
     async def close(self) -> None:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    async def _refusing(self, action: Callable[[], T]) -> T:
+        """``_between_steps``, whose ValueErrors are EngineErrors."""
+        try:
+            return await self._between_steps(action)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
 
     async def _between_steps(self, action: Callable[[], T]) -> T:
         """Runs ``action`` in the decode thread. Raises what it raises, or EngineDead when the thread is gone."""

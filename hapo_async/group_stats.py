@@ -48,6 +48,7 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
         "response/truncated_frac": float(np.mean([r == "length" for r in reasons])),
         "response/multi_version_frac": float(np.mean([g.header.oldest != g.header.newest for g in sampled])),
         "gate/confidence": float(np.mean([d.confidence for d in gates])),
+        **length_histogram("response/length_hist", lengths),
         **_components([j for g in sampled for j in g.gated.judgements]),
         **histogram(gates),
         **(decisions(gates) if algorithm.uses_gate else {}),
@@ -57,6 +58,16 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
         "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
     }
     return out
+
+
+def length_bucket(tokens: int) -> int:
+    """The largest power of two that is not above ``tokens``; 0 for none."""
+    return 1 << (tokens.bit_length() - 1) if tokens > 0 else 0
+
+
+def length_histogram(family: str, lengths: Sequence[int]) -> dict[str, float]:
+    """Counts of answers by ``length_bucket``, as ``family/{tokens}``; empty buckets are left out."""
+    return {f"{family}/{edge}": count for edge, count in sorted(Counter(map(length_bucket, lengths)).items())}
 
 
 def _components(judgements: Sequence[Judgement]) -> dict[str, float]:

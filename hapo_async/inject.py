@@ -4,8 +4,8 @@
 runs on a learner rank, which has fetched the payload. The SSI operator (seed 000) replaces an answer by the teacher's
 trajectory; LUFFY appends it; HPT switches to it or weighs both; SFT keeps nothing else.
 
-Options of algorithms that act here: ``filter``, ``overlong`` (with ``l_max``), ``pairs``, ``gamma``, ``feedback``,
-``sft_steps``, and those of the advantage.
+Options of algorithms that act here: ``filter``, ``band_low``, ``band_high``, ``overlong`` (with ``l_max``), ``pairs``,
+``gamma``, ``feedback``, ``sft_steps``, and those of the advantage.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ TEACHER_REWARD = 1.0
 
 FEEDBACK_SLOPE = 10.0
 """Slope of HPT's sigmoid feedback, over the success rate: from .12 to .88 within .2 on either side of gamma / N."""
+
+ROUNDING = 1e-9
+"""By so much the mean of a group's rewards may miss a bound that it is meant to equal."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def compose(
     Raises KeyError for an unknown kind or keep.
     """
     rows = KINDS[kind](gated, Setting(options, step, teacher, seed))
-    if not rows or _unverified(rows, gated, advantage) or _filtered(rows, options):
+    if not rows or _unverified(rows, gated, advantage) or outside_band(gated, options) or _filtered(rows, options):
         return None
     rows = _with_advantages(rows, gated, advantage, advantage_group, options, apart=kind == "switch")
     rows = KEEPS[keep](rows, options)
@@ -155,11 +158,13 @@ def compose(
 
 def why_nothing(gated: GatedGroup, options: Mapping[str, Any]) -> str:
     """The ledger's reason for a group that ``compose`` left nothing of: no_teacher (of a prompt that was not sampled) |
-    unverified | zero_variance | nothing_to_train."""
+    unverified | outside_band | zero_variance | nothing_to_train."""
     if not gated.judgements and not gate.usable_teachers(gated.prompt.teachers):
         return "no_teacher"
     if gated.judgements and gated.judged.sum() < min(2, len(gated.judgements)):
         return "unverified"
+    if outside_band(gated, options):
+        return "outside_band"
     if gated.judgements and len(set(gated.rewards[gated.judged] >= SUCCESS)) == 1:  # by the filter, or by ``keep``
         return "zero_variance"
     return "nothing_to_train"
@@ -277,6 +282,16 @@ def _filtered(rows: tuple[Row, ...], options: Mapping[str, Any]) -> bool:
     return len({row.reward for row in rows if row.judged}) < 2
 
 
+def outside_band(gated: GatedGroup, options: Mapping[str, Any]) -> bool:
+    """Whether the mean reward of the judged sampled answers lies outside [band_low, band_high], None being no bound: a
+    prompt too hard or too easy to be worth its step. A teacher makes no difference."""
+    low, high = options.get("band_low"), options.get("band_high")
+    if (low is None and high is None) or not gated.judgements or not gated.judged.any():
+        return False
+    mean = gated.rewards[gated.judged].mean()
+    return bool((low is not None and mean < low - ROUNDING) or (high is not None and mean > high + ROUNDING))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # With which advantage
 
@@ -308,7 +323,7 @@ def _advantages(name: str, rows: tuple[Row, ...], options: Mapping[str, Any]) ->
     how = advantages.of(name)
     rewards, judged = np.array([row.reward for row in rows]), [row.judged for row in rows]
     penalties = np.array([overlong_penalty(row, options) for row in rows])
-    known = {k: v for k, v in options.items() if k in advantages.options(name)}
+    known = {k: options[k] for k in advantages.options(name) if k in options}
     if how.whole_batch:
         name, known = "return", {}
     if not how.asks_success:

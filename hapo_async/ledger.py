@@ -40,10 +40,14 @@ class LedgerError(AssertionError):
     """A move that would break the ledger's rules: a bug, never a user's mistake."""
 
 
+RECOUNT_GROWTH = 1.25  # a full recount each time that there are so many times as many entries
+
+
 class Ledger:
     """Counts are kept as entries move, so ``counts`` and ``untrained`` cost nothing."""
 
     def __init__(self) -> None:
+        self._recount_at = 0
         self._entries: dict[tuple[int, str], _Entry] = {}
         self._counts: Counter[Place] = Counter()
         self.dropped_reasons: Counter[str] = Counter()
@@ -106,13 +110,24 @@ class Ledger:
     def counts(self) -> dict[str, int]:
         return {"issued": len(self._entries), **{str(place): self._counts[place] for place in Place}}
 
-    def check(self) -> None:
-        """Recounts every entry. Raises LedgerError when the identity does not hold."""
+    def check(self, recount: bool = False) -> None:
+        """The identity: each issued prompt is in one place. Raises LedgerError when it does not hold.
+
+        It costs nothing but additions, except that every entry is recounted where ``recount`` asks for it, and each time
+        that entries have grown by a quarter: a run that goes on for long must not pay for all of its past at each step.
+        """
+        if min(self._counts.values(), default=0) < 0 or sum(self._counts.values()) != len(self._entries):
+            raise LedgerError(f"ledger identity broken: {len(self._entries)} entries, counts {dict(self._counts)}")
+        if not recount and len(self._entries) < self._recount_at:
+            return
+        self._recount_at = int(RECOUNT_GROWTH * len(self._entries)) + 1
         seen = Counter(entry.place for entry in self._entries.values())
-        if seen != +self._counts or sum(seen.values()) != len(self._entries):
+        if seen != +self._counts:
             raise LedgerError(f"ledger identity broken: entries {dict(seen)}, counts {dict(self._counts)}")
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds. Raises LedgerError rather than commit counts that are wrong."""
+        self.check(recount=True)
         rows = [[e, u, str(x.place), x.attempt, x.detail, dict(x.tries)] for (e, u), x in self._entries.items()]
         return {"entries": rows, "dropped_reasons": dict(self.dropped_reasons)}
 

@@ -68,9 +68,7 @@ class LiveView:
         self.step, self.note, self._last_at = step, note or self.note, now
         if step > 0 and self._first is None:
             self._first = (step, now)
-        for name, value in row.items():
-            if name.startswith("eval/") and name.endswith("/pass@1") and isinstance(value, (int, float)):
-                self._evals.setdefault(name.split("/")[1], []).append((step, value))
+        self._keep_evals(step, row)
         if (reward := _number(row, "reward/mean")) is not None:
             self._rewards.append(reward)
         # Metrics that a step did not measure keep their last value on the table.
@@ -79,6 +77,22 @@ class LiveView:
             self._live.refresh()
         else:
             self.console.print(self.line(row, note), markup=False, highlight=False, soft_wrap=True)
+
+    def evaluation(self, step: int, row: Row) -> None:
+        """Takes what an evaluation beside training found for a step that was a while ago."""
+        found = self._keep_evals(step, row)
+        if self._live is not None:
+            self._live.refresh()
+        else:
+            text = "  ".join(f"eval {name} {format_value(value, 'share')}" for name, value in found) or "no evaluation"
+            self.console.print(f"of step {step}:  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _keep_evals(self, step: int, row: Row) -> list[tuple[str, float]]:
+        """(set, pass@1) of what the row holds."""
+        found = [(n.split("/")[1], v) for n in row if n.endswith("/pass@1") and (v := _number(row, n)) is not None]
+        for name, value in found:
+            self._evals.setdefault(name, []).append((step, value))
+        return found
 
     def eta_s(self) -> float | None:
         """Seconds to the last step at the pace so far; None before two steps were seen."""

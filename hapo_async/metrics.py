@@ -49,6 +49,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("groups/all_correct_frac", "share", "Groups whose sampled answers were all correct."),
     ("response/length_mean", "tokens", "Mean length of the sampled answers."),
     ("response/length_max", "tokens", "Longest sampled answer."),
+    ("response/length_hist/{tokens}", "answers", "Sampled answers of so many tokens up to the next power of two."),
     ("response/truncated_frac", "share", "Sampled answers that ran out of tokens instead of ending by themselves."),
     ("response/multi_version_frac", "share", "Groups whose sampled tokens come from two or more weight versions."),
     # Held-out evaluation
@@ -64,7 +65,10 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("eval/{set}/unjudged", "answers", "Answers that the verifier could not judge; left out of the accuracies."),
     ("eval/{set}/length_mean", "tokens", "Mean length of the evaluated answers."),
     ("eval/{set}/truncated_frac", "share", "Evaluated answers that ran out of tokens."),
-    ("eval/{set}/version", "step", "Weight version that answered."),
+    ("eval/{set}/version", "step", "Oldest weight version that answered."),
+    ("eval/{set}/version_max", "step", "Newest weight version that answered, of a floating evaluation."),
+    ("eval/skipped", "", "Evaluations not made because the one before was still running."),
+    ("eval/given_up", "", "Evaluations beside training that failed."),
     ("eval/{set}/oracle_recall@{k}", "share", "Ground-truth tokens among the model's k likeliest, teacher-forced."),
     ("eval/{set}/diversity/self_bleu", "share", "1 - Self-BLEU of a prompt's answers, mean over prompts."),
     ("eval/{set}/diversity/similarity", "", "Cosine of the answers' mean-pooled hidden states, mean over pairs."),
@@ -83,7 +87,17 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     # Staleness
     ("staleness/mean", "steps", "Age of the trained policy tokens in learner steps, mean over tokens."),
     ("staleness/max", "steps", "Age of the oldest trained policy token; never above max_staleness."),
+    ("staleness/{bucket}/frac", "share", "Policy tokens whose age lies in a bucket: 0, 1, 2, 3, 4-7 or 8+ steps."),
+    ("staleness/{bucket}/ess", "share", "Effective sample size of the importance weights of tokens of that age."),
+    ("staleness/{bucket}/clip_frac", "share", "Tokens of that age whose gradient the clip removed."),
+    ("staleness/{bucket}/kl", "nats", "KL estimate (k3) between behaviour and proximal log-probs, tokens of that age."),
     ("staleness/dropped", "groups", "Groups thrown away in this step because they had grown too old."),
+    (
+        "staleness/dropped_length/{tokens}",
+        "answers",
+        "Answers thrown away because they had grown too old, by tokens so far, as in response/length_hist; unknown "
+        "where a generator did not tell.",
+    ),
     ("staleness/late", "groups", "Groups that the learner waited for because they were about to grow too old."),
     ("staleness/truncated", "groups", "Late groups whose running answers were cut short in this step."),
     # Throughput
@@ -103,6 +117,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("time/sync_s", "s", "The learner gathered and handed out new weights."),
     ("time/eval_s", "s", "Training stood still for an evaluation."),
     ("time/checkpoint_s", "s", "Training stood still for a checkpoint."),
+    ("time/canary_s", "s", "Training stood still while the learner scored the canary's sequences."),
     ("time/generate_s", "s", "From issuing a group to its last answer; mean over the step's groups."),
     ("time/verify_s", "s", "From a group's last answer to its verdicts, queueing included; mean over groups."),
     # Buffer and weights
@@ -118,6 +133,11 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("weights/fetch_s", "s", "A generator fetched and checked an update while it went on sampling; slowest generator."),
     ("weights/pause_s", "s", "Sampling paused to swap weights; longest pause."),
     ("weights/failed", "updates", "Updates that a generator refused or did not finish in time, in this step."),
+    # Train-inference mismatch: learner and generator at equal weights, whatever the age of the data
+    ("canary/kl", "nats", "KL estimate (k3) between learner and generator on fixed sequences; worst generator."),
+    ("canary/max_diff", "nats", "Largest difference of a token's log-prob between the two; worst generator."),
+    ("canary/compared", "generators", "Generators that were compared with the learner since the last row."),
+    ("canary/skipped", "generators", "Generators that had skipped the version, failed, or did not answer in time."),
     # The policy and its loss
     ("policy/entropy", "nats", "Entropy of the policy, mean over trained policy tokens."),
     (
@@ -132,9 +152,16 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("policy/kl", "nats", "KL estimate (k3) between the proximal and the current policy."),
     ("policy/ref_kl", "nats", "KL estimate (k3) between the current and the reference policy."),
     ("policy/mismatch_kl", "nats", "KL estimate (k3) between the recorded behaviour and the proximal log-probs."),
+    (
+        "policy/mismatch_kl_equal",
+        "nats",
+        "The same for tokens sampled by the very weights that score them: numerics, not staleness.",
+    ),
     ("policy/ess", "share", "Effective sample size of the importance weights, (sum w)^2 / (n sum w^2)."),
     ("policy/weight_mean", "", "Mean importance weight of policy tokens."),
     ("policy/weight_capped_frac", "share", "Policy tokens whose importance weight reached its cap."),
+    ("policy/masked_frac", "share", "Policy tokens that the staleness correction gave the weight 0."),
+    ("policy/veto_frac", "share", "Policy tokens in answers that the staleness correction's veto masked whole."),
     ("policy/bad_logp", "tokens", "Policy tokens with a non-finite behaviour log-prob; their weight is 1."),
     ("policy/grad_norm", "", "Global gradient norm before clipping; mean over the step's updates."),
     ("policy/lr", "", "Learning rate of the step's last update."),
@@ -197,6 +224,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("scale/generators", "", "Generators that serve."),
     ("scale/verifiers", "", "Verifiers that serve."),
     ("scale/learners", "", "Learner ranks."),
+    ("watchdog/alarms", "", "Times in this step that an actor, or the whole run, stood still though it had work."),
     ("perf/mfu", "share", "Floating-point operations of learning over what the devices can do."),
     ("perf/memory_bytes", "bytes", "Peak memory of a learner rank."),
 )
@@ -253,7 +281,7 @@ class Writer:
         path = self.folder / METRICS_FILE
         _repair(path)
         if purge_step is not None:
-            _discard(path, purge_step)
+            discard(path, purge_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
         self._held_s = 0.0  # by the evaluation or checkpoint of the row before
@@ -304,14 +332,15 @@ def _repair(path: Path) -> None:
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def _discard(path: Path, purge_step: int) -> None:
+def discard(path: Path, purge_step: int) -> None:
+    """Moves the rows of ``purge_step`` and later, which a resume will make anew, to ``discarded/`` beside the file."""
     rows = read(path)
     gone = [r for r in rows if r["step"] >= purge_step]
     if not gone:
         return
     folder = path.parent / DISCARDED_FOLDER
     folder.mkdir(exist_ok=True)
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+    with (folder / path.name).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(r) + "\n" for r in gone)
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] < purge_step), encoding="utf-8")

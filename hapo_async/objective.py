@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hapo_async import diagnostics, reduction, staleness, upge
+from hapo_async.corrections import OFF, Settings
 from hapo_async.reduction import Normaliser
 from hapo_async.upge import Contribution, Mean, Options, TokenBatch, Tokens, log_ratio
 
@@ -22,20 +23,23 @@ def objective(
     batch: TokenBatch,
     norm: Normaliser,
     *,
-    correction: str = "off",
-    cap: float = 2.0,
+    correction: Settings = OFF,
+    moved: float = 0.0,
 ) -> tuple[Tensor, dict[str, Mean]]:
     """The loss of a micro-batch, already divided by the global normaliser: losses of micro-batches and ranks add up.
 
-    options: as ``resolve`` returns them. Sequences must be whole within ``batch``, and groups where the algorithm
-    requires "groups". The loss is a scalar whose value is -J and whose gradient is the algorithm's; an empty batch
-    gives 0 with a graph. stats: detached ``Mean``s named as metrics; those of the loss are sums over the mini-batch.
+    options: as ``resolve`` returns them. correction: how tokens of older policies are weighted. moved: optimizer updates
+    since the step began, over the updates of a step. Sequences must be whole within ``batch``, and groups where the
+    algorithm requires "groups". The loss is a scalar whose value is -J and whose gradient is the algorithm's; an empty
+    batch gives 0 with a graph. stats: detached ``Mean``s named as metrics; those of the loss are sums over the mini-batch,
+    and ``staleness.MOMENTS`` is a table that ``staleness.metrics`` makes numbers of.
     Raises ValueError when the batch or ``norm`` lacks what the algorithm needs.
     """
     batch = trainable(algorithm, batch)
     options = {**options, "entropy_threshold": norm.entropy_threshold, "log_ratio_mean": norm.log_ratio_mean}
     ratio = algorithm.rollout.ratio
-    old = staleness.weights(batch, "off" if ratio == "none" else correction, cap, ratio)
+    correction = OFF if ratio == "none" else correction
+    old = staleness.weights(batch, correction, ratio, moved=moved, threshold=norm.m2_threshold)
     rollouts = upge.select(
         batch,
         batch.policy,
@@ -70,10 +74,10 @@ def objective(
     value = sum(values, torch.zeros_like(surrogate.detach()))
     loss = value + (surrogate.detach() - surrogate)
     stats = diagnostics.of_loss(batch, norm, rollouts, parts[0][2], values) | policy.stats
-    if ratio != "none":
-        stats |= old.stats
-        if "policy/bad_logp" in stats:  # a count: over the mini-batch it adds up
-            stats["policy/bad_logp"] = Mean(stats["policy/bad_logp"].sum, stats["loss/value"].weight)
+    if ratio != "none" and old.stats:
+        stats |= old.stats | {staleness.MOMENTS: staleness.moments(batch, old, policy.keep)}
+        # A count: over the mini-batch it adds up.
+        stats["policy/bad_logp"] = Mean(stats["policy/bad_logp"].sum, stats["loss/value"].weight)
     return loss, stats | diagnostics.of_tokens(batch, rollouts, norm)
 
 

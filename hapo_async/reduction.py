@@ -30,7 +30,8 @@ class Normaliser:
     tokens: trained tokens. sequences: responses with at least one. groups: prompts with at least one. teacher_tokens,
     teacher_sequences: those of teachers among them (None: not counted, and then only a shared normaliser is possible).
     pairs: preference pairs. log_ratio_mean: mean over sequences of sum_t (l - lr), KTO's z0. entropy_threshold: the
-    quantile of the policy tokens' entropies that parts high from low. None: not measured.
+    quantile of the policy tokens' entropies that parts high from low. m2_threshold: the largest log-ratio that M2PO keeps
+    (``staleness.m2_threshold``). None: not measured.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Normaliser:
     pairs: int | None = None
     log_ratio_mean: float | None = None
     entropy_threshold: float | None = None
+    m2_threshold: float | None = None
 
     @classmethod
     def of(cls, batch: TokenBatch) -> Normaliser:

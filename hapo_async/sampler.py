@@ -13,97 +13,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from hapo_async.draw import draw, noise_key, uniforms
-from hapo_async.slot_cache import SlotCache
+from hapo_async.rows import Columns, Job, Row, Sampled
+from hapo_async.scoring import Pair, score
+from hapo_async.slot_cache import SlotCache, kv_bytes_per_token, sliding_window
 from hapo_async.types import Answer, GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
+from hapo_async.weights import match_parameters
 
 PREFILL_TOKENS = 16384  # padded tokens of one prefill forward
 KV_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # answers wait while their keys and values might not fit into this
 _SAMPLE_ELEMENTS = 1 << 24  # float64 logits that exist at one time
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-@dataclass(eq=False)
-class _Job:
-    """One group in work. answers: by index, None while unfinished. cap: tokens that an answer may have, if truncated."""
-
-    request: GroupRequest
-    answers: list[Answer | None]
-    since: float
-    cap: int | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        return all(a is not None for a in self.answers)
-
-
-@dataclass(eq=False)
-class _Row:
-    """One running answer. history: prompt and resumed prefix. span_start: where the current version's tokens begin."""
-
-    job: _Job
-    index: int
-    history: np.ndarray
-    prefix: Answer | None = None
-    spans: list[VersionSpan] = field(default_factory=list)
-    span_start: int = 0
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A complete group: its answers by index (without text) and the seconds since it was added."""
-
-    request: GroupRequest
-    answers: tuple[Answer, ...]
-    seconds: float
-
-
-class _Columns:
-    """Numbers per running row, as arrays that grow by doubling: [capacity] and, for what was sampled, [capacity, T]."""
-
-    def __init__(self) -> None:
-        self.feed = np.zeros(16, np.int64)  # the token that the next step reads
-        self.done = np.zeros(16, np.int64)  # tokens sampled so far
-        self.position = np.zeros(16, np.int64)  # of `feed` in the whole sequence
-        self.offset = np.zeros(16, np.int64)  # length of the resumed prefix
-        self.limit = np.zeros(16, np.int64)  # sampled tokens at which the answer ends
-        self.noise = np.zeros(16, np.uint64)
-        self.temperature = np.zeros(16, np.float64)
-        self.top_p = np.zeros(16, np.float64)
-        self.top_k = np.zeros(16, np.int64)
-        self.tokens = np.zeros((16, 64), np.int32)
-        self.logp = np.zeros((16, 64), np.float32)
-
-    def grow(self, rows: int, width: int) -> None:
-        for name, old in vars(self).items():
-            shape = tuple(_doubled(size, needed) for size, needed in zip(old.shape, (rows, width), strict=False))
-            if shape != old.shape:
-                new = np.zeros(shape, old.dtype)
-                new[tuple(slice(n) for n in old.shape)] = old
-                setattr(self, name, new)
-
-    def move(self, source: int, target: int) -> None:
-        for array in vars(self).values():
-            array[target] = array[source]
-
-
-def _doubled(size: int, needed: int) -> int:
-    while size < needed:
-        size *= 2
-    return size
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The sampler
 
 
 class Sampler:
@@ -123,15 +47,17 @@ class Sampler:
         self.version = version or Version(0, 0)
         self.tokens = 0
         self.device = model.device
-        self._waiting: deque[_Job] = deque()
-        self._jobs: dict[GroupKey, _Job] = {}
-        self._rows: list[_Row] = []
-        self._columns = _Columns()
+        self._waiting: deque[Job] = deque()
+        self._jobs: dict[GroupKey, Job] = {}
+        self._rows: list[Row] = []
+        self._columns = Columns()
         self._complete: list[Sampled] = []
         text = model.config.get_text_config()
-        self._cache = SlotCache(text.num_hidden_layers, model.device, model.dtype)
-        self._token_bytes = _kv_bytes_per_token(text, model.dtype)
-        self._window = _sliding_window(text)
+        self._layers = text.num_hidden_layers
+        self._cache = SlotCache(self._layers, model.device, model.dtype)
+        self._asleep = False
+        self._token_bytes = kv_bytes_per_token(text, model.dtype)
+        self._window = sliding_window(text)
         self._longest = getattr(text, "max_position_embeddings", None)
 
     @property
@@ -154,17 +80,27 @@ class Sampler:
 
     def add(self, requests: Sequence[GroupRequest]) -> None:
         """Queues groups; all of them or, when one is refused (ValueError), none."""
+        self._check_awake()
         for request in requests:
             self._check(request)
         for request in requests:
-            job = _Job(request, [None] * request.sampling.n, time.monotonic())
+            job = Job(request, [None] * request.sampling.n, time.monotonic())
             self._jobs[request.key] = job
             self._waiting.append(job)
 
+    def lengths(self, keys: Iterable[GroupKey]) -> dict[GroupKey, tuple[int, ...]]:
+        """Tokens so far of each answer, resumed prefixes included, of those groups that are in work."""
+        found = {k: self._jobs[k].lengths for k in keys if k in self._jobs}
+        for row, state in enumerate(self._rows):
+            if state.job.request.key in found:
+                found[state.job.request.key][state.index] += int(self._columns.done[row])
+        return {key: tuple(lengths) for key, lengths in found.items()}
+
     @torch.inference_mode()
-    def truncate(self, keys: Iterable[GroupKey]) -> None:
+    def truncate(self, keys: Sequence[GroupKey]) -> dict[GroupKey, tuple[int, ...]]:
         """Running answers of these groups end where they are ("length"), each with at least one token. Groups that have
-        not started yet are left alone: cut to nothing they would teach nothing."""
+        not started yet are left alone: cut to nothing they would teach nothing. Returns ``lengths``."""
+        found = self.lengths(keys)
         started = {id(state.job) for state in self._rows}
         for job in (self._jobs[k] for k in keys if k in self._jobs):
             if id(job) not in started:
@@ -175,30 +111,51 @@ class Sampler:
                     self._columns.limit[row] = max(1, self._columns.done[row])
         ended = [r for r in range(self.running) if 0 < self._columns.limit[r] <= self._columns.done[r]]
         self._finish(ended, "length")
+        return found
 
     @torch.inference_mode()
-    def abort(self, keys: Iterable[GroupKey]) -> None:
-        """Forgets these groups."""
+    def abort(self, keys: Sequence[GroupKey]) -> dict[GroupKey, tuple[int, ...]]:
+        """Forgets these groups. Returns ``lengths``."""
+        found = self.lengths(keys)
         jobs = [self._jobs.pop(k) for k in keys if k in self._jobs]
         self._waiting = deque(j for j in self._waiting if j not in jobs)
         self._drop([r for r, state in enumerate(self._rows) if any(state.job is j for j in jobs)])
+        return found
+
+    def score(self, sequences: Sequence[Pair]) -> list[np.ndarray]:
+        """float32 [T] each: log-probs at temperature 1 of ``tokens`` after ``prompt_tokens``, under the current weights.
+        Running answers stay as they are. Raises ValueError for an empty prompt or one that does not fit."""
+        self._check_awake()
+        for prompt, tokens in sequences:
+            if not len(prompt):
+                raise ValueError(
+                    "a sequence to be scored has an empty prompt; its first token needs something to follow"
+                )
+            self._check_length("a sequence to be scored", len(prompt), len(tokens))
+        return score(self.model, sequences)
 
     def _check(self, request: GroupRequest) -> None:
-        length = len(request.prompt_tokens) + request.sampling.max_tokens
         if not len(request.prompt_tokens):
             raise ValueError(f"group {request.key}: the prompt is empty; the first token needs something to follow")
         if request.key in self._jobs:
             raise ValueError(f"group {request.key} is already being sampled")
-        if self._longest and length > self._longest:
+        self._check_length(f"group {request.key}", len(request.prompt_tokens), request.sampling.max_tokens)
+
+    def _check_length(self, what: str, prompt: int, tokens: int) -> None:
+        if self._longest and prompt + tokens > self._longest:
             raise ValueError(
-                f"group {request.key}: {len(request.prompt_tokens)} prompt tokens and {request.sampling.max_tokens} new ones "
-                f"exceed the model's {self._longest} positions. Lower data.max_prompt_tokens or sampling.max_tokens."
+                f"{what}: {prompt} prompt tokens and {tokens} new ones exceed the model's {self._longest} positions. Lower "
+                "data.max_prompt_tokens or sampling.max_tokens."
             )
-        if self._window and length > self._window:
+        if self._window and prompt + tokens > self._window:
             raise ValueError(
-                f"group {request.key}: {length} tokens exceed the model's sliding attention window of {self._window}, which "
-                "the transformers engine does not implement. Use generator.engine=vllm or fewer sampling.max_tokens."
+                f"{what}: {prompt + tokens} tokens exceed the model's sliding attention window of {self._window}, which the "
+                "transformers engine does not implement. Use generator.engine=vllm or fewer sampling.max_tokens."
             )
+
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise ValueError("the engine is asleep; wake it first")
 
     # ---------------------------------------------------------------- decoding
 
@@ -270,7 +227,7 @@ class Sampler:
             joined += self._start(self._waiting.popleft())
         self._fill(joined)
 
-    def _start(self, job: _Job) -> list[tuple[np.ndarray, int, int]]:
+    def _start(self, job: Job) -> list[tuple[np.ndarray, int, int]]:
         """Gives each unfinished answer of a group a row. Returns (cached tokens, first row, end row) per prefill."""
         request, sampling = job.request, job.request.sampling
         prefixes = {a.index: a for a in request.prefixes}
@@ -286,7 +243,7 @@ class Sampler:
                 continue
             history = np.concatenate([prompt, prefix.tokens]) if prefix else prompt
             row = self.running
-            self._rows.append(_Row(job, index, history, prefix))
+            self._rows.append(Row(job, index, history, prefix))
             self._set_row(
                 row, history, offset, max(1, limit - offset), noise_key(sampling.seed, request.key, index), request
             )
@@ -365,7 +322,7 @@ class Sampler:
         for job in jobs:
             self._settle(job)
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, job: Job) -> None:
         if job.is_complete and self._jobs.pop(job.request.key, None) is not None:
             answers = tuple(a for a in job.answers if a is not None)
             self._complete.append(Sampled(job.request, answers, time.monotonic() - job.since))
@@ -404,25 +361,22 @@ class Sampler:
         if self.recompute:
             self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
 
+    # ---------------------------------------------------------------- taking turns
 
-def match_parameters(
-    model: Any, tensors: Sequence[tuple[str, torch.Tensor]]
-) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Pairs each tensor with its parameter. Raises ValueError for unknown or missing names and wrong shapes; a tied
-    parameter may come under any of its names."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    pairs = []
-    for name, tensor in tensors:
-        if name not in known:
-            raise ValueError(f"the model has no parameter {name!r}")
-        if known[name].shape != tensor.shape:
-            raise ValueError(f"parameter {name!r} has shape {tuple(known[name].shape)}; {tuple(tensor.shape)} arrived")
-        pairs.append((known[name], tensor))
-    given = {id(parameter) for parameter, _ in pairs}
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in given]
-    if missing:
-        raise ValueError(f"{len(missing)} parameters never arrived: {', '.join(missing[:5])}")
-    return pairs
+    def sleep(self) -> None:
+        """Gives the cache back and, on an accelerator, moves the weights to host memory. Raises ValueError while groups
+        are in work."""
+        if self.has_work:
+            raise ValueError(f"{self.groups} groups are in work; an engine sleeps when nothing is")
+        self._asleep = True
+        self._cache = SlotCache(self._layers, self.device, self.model.dtype)
+        if self.device.type != "cpu":
+            self.model.to("cpu")
+            torch.accelerator.empty_cache()
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+        self._asleep = False
 
 
 def _chunks(fills: list[tuple[np.ndarray, int, int]], tokens: int) -> Iterable[list[tuple[np.ndarray, int, int]]]:
@@ -434,16 +388,3 @@ def _chunks(fills: list[tuple[np.ndarray, int, int]], tokens: int) -> Iterable[l
             batch = []
         batch.append(fill)
     yield batch
-
-
-def _kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-
-
-def _sliding_window(config: Any) -> int | None:
-    """The attention window, when some layer has one."""
-    types = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    return window if window and (not types or any("sliding" in t for t in types)) else None

@@ -160,3 +160,17 @@ class SlotCache(Cache):
     def window(self, rows: int) -> torch.Tensor:
         """Additive mask [rows, 1, 1, cursor + 1 - first] of the coming decode step."""
         return self.mask[:rows, ..., self.first : self.cursor + 1]
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def sliding_window(config: Any) -> int | None:
+    """The attention window, when some layer has one."""
+    types = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    return window if window and (not types or any("sliding" in t for t in types)) else None

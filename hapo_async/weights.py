@@ -7,8 +7,9 @@ Nothing here knows how bytes travel; ``actors/weights.py`` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,3 +128,23 @@ class Staging:
         if missing:
             raise TransferError(f"version {self.manifest.version}: buckets {missing} never arrived")
         return [pair for index in sorted(self._tensors) for pair in self._tensors[index]]
+
+
+def match_parameters(
+    model: Any, tensors: Sequence[tuple[str, torch.Tensor]]
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Pairs each tensor with its parameter. Raises ValueError for unknown or missing names and wrong shapes; a tied
+    parameter may come under any of its names."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    pairs = []
+    for name, tensor in tensors:
+        if name not in known:
+            raise ValueError(f"the model has no parameter {name!r}")
+        if known[name].shape != tensor.shape:
+            raise ValueError(f"parameter {name!r} has shape {tuple(known[name].shape)}; {tuple(tensor.shape)} arrived")
+        pairs.append((known[name], tensor))
+    given = {id(parameter) for parameter, _ in pairs}
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in given]
+    if missing:
+        raise ValueError(f"{len(missing)} parameters never arrived: {', '.join(missing[:5])}")
+    return pairs

@@ -18,7 +18,7 @@ def test_overrides_reach_nested_keys_and_keep_their_types():
 
 
 def test_the_bare_word_off_is_not_a_boolean(tmp_path):
-    assert config.load(None, ["staleness.correction=off", "max_staleness=2"]).correction == "off"
+    assert config.load(None, ["staleness.correction=off", "max_staleness=2"]).correction.name == "off"
     path = tmp_path / "c.yaml"
     path.write_text("staleness:\n  correction: off\n")
     assert config.load(path).staleness.correction == "off"

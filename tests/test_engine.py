@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 
 from hapo_async.engine import EngineDead, EngineError, Mailbox, TransformersEngine, check_manifest, stop_ids
-from hapo_async.sampler import Sampled, Sampler
+from hapo_async.rows import Sampled
+from hapo_async.sampler import Sampler
+from hapo_async.scoring import score
 from hapo_async.types import GroupKey, Version
 from hapo_async.weights import Manifest, TransferError
 from tests.test_sampler import STOP, request, tiny
@@ -75,6 +78,75 @@ def test_truncating_everything_still_delivers_it():
         return await asyncio.gather(*(engine.collect(r.key) for r in asked))
 
     assert all(1 <= a.length < 200 for s in with_engine(scenario) for a in s.answers)
+
+
+def test_truncate_and_abort_tell_lengths_of_finished_groups_too():
+    async def scenario(engine, _):
+        short, long = request(0, max_tokens=2), request(1, max_tokens=200)
+        await engine.submit([short, long])
+        while engine.stats()["running_groups"] > 1:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        cut = await engine.truncate([short.key, long.key, GroupKey(9, "unknown", 0)])
+        found = {key: (await engine.collect(key)).lengths for key in (short.key, long.key)}
+        assert cut == found
+        assert await engine.abort([short.key, long.key]) == {}
+        return max(found[short.key]), max(found[long.key])
+
+    short, long = with_engine(scenario)
+    assert short == 2 < long < 200
+
+
+def test_scores_carry_the_version_that_they_were_made_under():
+    async def scenario(engine, _):
+        asked, pair = request(0, max_tokens=200), (request(1).prompt_tokens, np.arange(9, dtype=np.int32))
+        await engine.submit([asked])
+        calls = [
+            engine.score([pair]),
+            engine.install(manifest(3), list(tiny(1).named_parameters())),
+            engine.score([pair]),
+        ]
+        (old, before), _, (new, after) = await asyncio.gather(*calls)
+        assert (old, new) == (Version(0, 0), Version(0, 3))
+        with pytest.raises(EngineError, match="positions"):
+            await engine.score([(np.zeros(300, np.int32), pair[1])])
+        assert len((await engine.collect(asked.key)).answers) == 4
+        return pair, before[0], after[0]
+
+    pair, before, after = with_engine(scenario)
+    for seed, found in ((0, before), (1, after)):
+        assert np.abs(score(tiny(seed), [pair])[0] - found).max() < 1e-5
+
+
+def test_tokens_move_while_answers_are_being_made():
+    async def scenario(engine, _):
+        await engine.submit([request(0, max_tokens=200)])
+        seen = set()
+        while engine.stats()["running_groups"]:
+            seen.add(engine.stats()["tokens"])
+            await asyncio.sleep(0)
+        made = (await engine.collect(request(0).key)).lengths
+        assert engine.stats()["tokens"] == sum(made)
+        return seen
+
+    assert len(with_engine(scenario)) > 5
+
+
+def test_a_sleeping_engine_refuses_work_until_it_is_woken():
+    async def scenario(engine, _):
+        await engine.submit([request(0, max_tokens=200)])
+        with pytest.raises(EngineError, match="groups are in work"):
+            await engine.sleep()
+        await engine.abort([request(0).key])
+        await engine.sleep()
+        for call in (engine.submit([request(1)]), engine.score([])):
+            with pytest.raises(EngineError, match="asleep"):
+                await call
+        await engine.wake()
+        await engine.submit([request(1)])
+        return await engine.collect(request(1).key)
+
+    assert len(with_engine(scenario).answers) == 4
 
 
 def test_installs_report_their_version_and_refuse_what_does_not_fit():

@@ -243,6 +243,29 @@ def test_a_filter_drops_groups_of_equal_rewards_and_says_so():
     assert compose("ssi", make([1.0] * 4)[0], "grpo", options=options) is None
 
 
+def test_a_band_keeps_groups_by_their_mean_reward_whatever_teacher_joins_them():
+    half, third, none = make([1.0, 0.0, None])[0], make([1.0, 0.0, 0.0])[0], make([0.0] * 4)[0]
+    for options, kept in (
+        ({"band_low": 0.5}, [half]),
+        ({"band_low": 0.1, "band_high": 0.4}, [third]),
+        ({"band_high": 1 / 3}, [third, none]),  # a bound belongs to the band
+        ({"band_low": 0.0, "band_high": 1.0}, [half, third, none]),
+        ({"band_low": None, "band_high": None}, [half, third, none]),
+    ):
+        for gated in (half, third, none):
+            train = compose("ssi", gated, "grpo", options=options)
+            assert (train is not None) == any(gated is k for k in kept)
+            if train is None:
+                assert why_nothing(gated, options) == "outside_band"
+    negative, _ = make([-1.0, -3.0], mode="never")
+    assert compose("rollouts", negative, "grpo", options={"band_low": -2.0}) is not None
+    assert compose("rollouts", negative, "grpo", options={"band_low": -1.0}) is None
+    unjudged, _ = make([1.0, None, None])
+    assert why_nothing(unjudged, {"band_high": 0.5}) == "unverified"
+    demonstrated = replace(make([0.0, 0.0])[0], judgements=())
+    assert compose("demonstrations", demonstrated, "grpo", options={"band_low": 0.5}) is not None
+
+
 def test_the_reason_why_nothing_trains():
     assert why_nothing(make([1.0, None, None])[0], {"filter": "zero_variance"}) == "unverified"
     for rewards in ([0.0, 0.0], [1.0, 1.0, None]):  # of NSR and PSR, too, which filter nothing

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hapo_async.ledger import Ledger, LedgerError
+from hapo_async.ledger import Ledger, LedgerError, Place
 
 
 def identity_holds(ledger: Ledger) -> bool:
@@ -83,7 +83,7 @@ def test_the_identity_holds_under_random_moves():
         elif move == "drop" and flying:
             ledger.drop(flying.pop(), "late")
         assert identity_holds(ledger)
-    ledger.check()
+    ledger.check(recount=True)
     c = ledger.counts()
     assert (c["in_flight"], c["buffered"], c["to_retry"]) == (len(flying), len(buffered), len(waiting))
     assert min(c[k] for k in ("issued", "trained", "dropped", "in_flight")) > 0
@@ -97,8 +97,30 @@ def test_a_resumed_ledger_retries_what_was_not_trained():
     ledger.admit(buffered)
     ledger.drop(dropped, "late")
     resumed = Ledger.resumed(ledger.state_dict())
-    resumed.check()
+    resumed.check(recount=True)
     assert resumed.waiting() == [(0, "b"), (0, "c")]
     assert resumed.counts()["trained"] == 1
     assert resumed.dropped_reasons == {"late": 1}
     assert resumed.issue(0, "c").attempt == flying.attempt + 1
+
+
+def test_a_broken_identity_is_found_at_once_and_a_wrong_entry_before_it_is_committed():
+    ledger = Ledger()
+    for i in range(100):
+        ledger.issue(0, str(i))
+    ledger.check()
+    ledger._entries[0, "7"].place = Place.TRAINED  # the counts still add up
+    ledger.check()
+    with pytest.raises(LedgerError, match="entries"):
+        ledger.check(recount=True)
+    with pytest.raises(LedgerError, match="entries"):
+        ledger.state_dict()
+    for i in range(30):
+        ledger.issue(1, str(i))
+    with pytest.raises(LedgerError, match="entries"):
+        ledger.check()  # a quarter more: recounted
+    lost = Ledger()
+    lost.issue(0, "a")
+    lost._counts[Place.IN_FLIGHT] = 0
+    with pytest.raises(LedgerError, match="1 entries"):
+        lost.check()

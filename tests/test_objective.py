@@ -29,11 +29,10 @@ EVERY = CASES + [(name, {}) for name in NAMES if (name, {}) not in CASES]
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=[f"{n}-{o}" for n, o in EVERY])
 def test_micro_batches_add_up_to_the_whole_batch(name, options):
     batch = mixed_verdicts(make(teachers=(2, 5) if algorithms.get(name).teacher else ()))
-    options = {"correction": "off", "cap": 2.0} | options
     whole_loss, stats = loss(name, batch, **options)
     want = torch.autograd.grad(whole_loss, batch.logp)[0]
-    correction, cap = options.pop("correction"), options.pop("cap")
     algorithm = algorithms.get(name)
+    correction, _, options = whole.split(algorithm, options)
     resolved = algorithm.resolve(options)
     batch, norm = whole.prepare(algorithm, batch, resolved)
     sizes = reduction.group_sizes(batch)
@@ -42,7 +41,7 @@ def test_micro_batches_add_up_to_the_whole_batch(name, options):
         rows = torch.isin(batch.sequence, torch.tensor(chosen, dtype=torch.long))
         pick = lambda x: x[rows] if x is not None and len(x) == len(rows) else x  # noqa: B023, E731
         micro = TokenBatch(**{k: pick(getattr(batch, k)) for k in batch.__dataclass_fields__} | {"group_size": sizes})
-        part, means = objective(algorithm, resolved, micro, norm, correction=correction, cap=cap)
+        part, means = objective(algorithm, resolved, micro, norm, correction=correction)
         total = total + part
         parts.append(means)
     got = torch.autograd.grad(total, batch.logp)[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hapo_async import sampler as module
-from hapo_async.sampler import Sampled, Sampler
+from hapo_async.rows import Sampled
+from hapo_async.sampler import Sampler
 from hapo_async.slot_cache import ATTENTION
 from hapo_async.types import Answer, GroupKey, GroupRequest, Sampling, Version
 
@@ -206,6 +209,26 @@ def test_truncated_answers_keep_what_they_have():
     assert all(a.spans[-1].end == a.length for a in first)
 
 
+def test_truncate_and_abort_tell_how_long_the_answers_were():
+    sampler, told = Sampler(tiny(), [STOP]), {}
+    (done,) = run(sampler, [request(8, n=1, max_tokens=5)]).values()
+    first, second = request(0, max_tokens=40), request(1, max_tokens=40)
+    third = request(2, n=2, prefixes=(replace(done.answers[0], finish_reason="abort"),))
+    keys = [first.key, second.key, GroupKey(9, "unknown", 0)]
+
+    def stop() -> None:
+        before = sampler.lengths(keys)
+        assert sampler.truncate(keys[:1]) == {first.key: before[first.key]}
+        sampler.add([third])
+        told.update(sampler.abort([*keys[1:], third.key]))
+        told[first.key] = before[first.key]
+
+    found = run(sampler, [first, second], {7: stop})
+    assert [a.length for a in found[first.key].answers] == list(told[first.key])
+    assert max(told[second.key]) == 7 and told[third.key] == (done.answers[0].length, 0)
+    assert set(told) == {first.key, second.key, third.key}
+
+
 def test_a_group_that_has_not_started_is_not_cut_to_nothing():
     sampler = Sampler(tiny(), [STOP])
     (group,) = run(sampler, [request(0)], {0: lambda: sampler.truncate([request(0).key])}).values()
@@ -265,3 +288,57 @@ def test_a_refused_group_refuses_the_whole_submission(bad: GroupRequest, message
     with pytest.raises(ValueError, match=message):
         sampler.add([request(2), bad])
     assert sampler.groups == 1
+
+
+# ---------------------------------------------------------------- scoring and sleeping
+
+
+def test_scoring_in_between_changes_no_answer_and_speaks_of_the_weights_as_they_are():
+    models, scored = {0: tiny(0), 1: tiny(1)}, {}
+    sampler = Sampler(tiny(0), [STOP])
+    pair = (request(5).prompt_tokens, np.arange(20, dtype=np.int32))
+
+    def score() -> None:
+        scored[sampler.version.step] = sampler.score([pair])[0]
+
+    swap = lambda: sampler.install(Version(0, 1), list(models[1].named_parameters()))  # noqa: E731
+    found = run(sampler, [request(i) for i in range(3)], {4: score, 11: swap, 12: score})
+    assert worst(found, models) < 1e-4
+    for step, logp in scored.items():
+        expected = reference_logp(models[step], pair[0], policy_answer(pair[1]))
+        assert np.abs(expected - logp).max() < 1e-4
+
+
+def policy_answer(tokens: np.ndarray) -> Answer:
+    span = module.VersionSpan(Version(0, 0), 0, len(tokens))
+    return Answer(
+        0, (module.Segment(module.Source.POLICY, tokens, np.zeros(len(tokens), np.float32), (span,)),), "stop"
+    )
+
+
+@pytest.mark.parametrize(("prompt", "tokens", "message"), [(0, 3, "empty"), (200, 57, "256 positions")])
+def test_what_cannot_be_scored_is_refused(prompt: int, tokens: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampler(tiny(), [STOP]).score([(np.zeros(prompt, np.int32), np.zeros(tokens, np.int32))])
+
+
+def test_a_sleeping_sampler_has_given_its_cache_back_and_serves_on_after_waking():
+    sampler = Sampler(tiny(), [STOP])
+    run(sampler, [request(i, prompt=90) for i in range(6)])
+    assert sampler._cache.slots[0].is_initialized
+    sampler.sleep()
+    assert not sampler._cache.slots[0].is_initialized
+    for call in (lambda: sampler.add([request(7)]), lambda: sampler.score([])):
+        with pytest.raises(ValueError, match="asleep"):
+            call()
+    sampler.install(Version(0, 1), list(tiny(1).named_parameters()))
+    sampler.wake()
+    assert worst(run(sampler, [request(7)]), {1: tiny(1)}) < 1e-4
+
+
+def test_a_sampler_at_work_does_not_fall_asleep():
+    sampler = Sampler(tiny(), [STOP])
+    sampler.add([request(0)])
+    with pytest.raises(ValueError, match="1 groups are in work"):
+        sampler.sleep()
+    assert len(run(sampler, [])) == 1

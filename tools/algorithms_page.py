@@ -62,7 +62,7 @@ PARTS = {
     "weight": "Weight",
     "J_per_token": "J per token",
 }
-FILTERS = ("filter", "overlong")
+FILTERS = ("filter", "band_low", "band_high", "overlong")
 
 
 def page(measured: Measured, batches: int, peer_batches: int) -> str:

@@ -80,8 +80,11 @@ def get(name: str) -> Algorithm:
 def loss(name: str, batch: TokenBatch, **options: Any) -> tuple[Tensor, dict[str, float]]:
     """Loss of the named algorithm on a batch that is the whole mini-batch of one update.
 
-    options: the algorithm's own (``get(name).defaults``), and ``correction``, ``cap`` of ``hapo_async.staleness``
-    (default off). Returns a scalar whose gradient is the algorithm's, and numbers; ``stats["value"]`` is -J.
+    options: the algorithm's own (``get(name).defaults``); ``correction`` (default off), a name of
+    ``hapo_async.corrections`` with its options ``cap``, ``floor``, ``decay``, ``veto``, ``tau``, ``prox``; and ``moved``
+    (default 0), for prox="loglinear": optimizer updates made since the step began, over the updates of a step. decay and
+    a loglinear prox read age [N]. Returns a scalar whose gradient is the algorithm's, and numbers; ``stats["value"]`` is
+    -J.
 
     What a run's driver would have done before is made up for: where advantage is missing, and always for offline
     algorithms with reward [sequences], it is computed from the rewards of each group; rows that the algorithm does not

@@ -141,6 +141,12 @@ class Algorithm:
         cannot learn from, before anything is started."""
         n, options = config.sampling.n, self.resolve(config.options, config)
         self._check_group_size(n, options)
+        low, high = options.get("band_low"), options.get("band_high")
+        if low is not None and high is not None and low > high:
+            raise ConfigError(
+                f"options.band_low={low:g} is above options.band_high={high:g}: no group's mean reward lies between them. Swap "
+                "the two, or leave one out."
+            )
         if self.uses_gate:
             gate.check_config(config)
         if self.uses_gate and "gamma" in config.options and options["gamma"] != config.gate.gamma:

@@ -29,6 +29,12 @@ GROUP_OPTIONS = {
         "zero_variance: groups whose answers are all right or all wrong are dropped and other prompts sampled",
         ("none", "zero_variance"),
     ),
+    "band_low": Option(
+        None,
+        "groups whose mean reward is lower are dropped and other prompts sampled; null: no bound",
+        kind=float,
+    ),
+    "band_high": Option(None, "the same for groups whose mean reward is higher; null: no bound", kind=float),
     "overlong": Option(
         0.0,
         "share of the longest length over which a penalty falls from 0 to -1, added to the reward of the advantage",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hapo_async import advantage as advantages
-from hapo_async import preference, reduction
+from hapo_async import corrections, preference, reduction, staleness
 from hapo_async.algorithms.base import Algorithm
+from hapo_async.corrections import OFF, Settings
 from hapo_async.objective import objective, trainable
 from hapo_async.reduction import Normaliser
 from hapo_async.upge import Options, Segments, TokenBatch, wide
@@ -18,15 +19,31 @@ from hapo_async.upge import Options, Segments, TokenBatch, wide
 
 def loss(algorithm: Algorithm, batch: TokenBatch, options: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
     """See ``hapo_async.algorithms.loss``."""
-    correction, cap = options.pop("correction", "off"), options.pop("cap", 2.0)
+    correction, moved, options = split(algorithm, options)
     resolved = algorithm.resolve(options)
-    batch, norm = prepare(algorithm, batch, resolved)
-    total, stats = objective(algorithm, resolved, batch, norm, correction=correction, cap=cap)
+    batch, norm = prepare(algorithm, batch, resolved, correction)
+    total, stats = objective(algorithm, resolved, batch, norm, correction=correction, moved=moved)
+    table = stats.pop(staleness.MOMENTS, None)
     numbers = {key: mean.value for key, mean in stats.items()}
+    if table is not None:
+        numbers |= staleness.metrics(table.sum.flatten().tolist())
     return total, numbers | {"value": float(total.detach())}
 
 
-def prepare(algorithm: Algorithm, batch: TokenBatch, options: Options) -> tuple[TokenBatch, Normaliser]:
+def split(algorithm: Algorithm, options: dict[str, Any]) -> tuple[Settings, float, dict[str, Any]]:
+    """(correction, moved, the algorithm's own options). Raises ValueError for a correction that there is not."""
+    rest = dict(options)
+    name, moved = rest.pop("correction", "off"), float(rest.pop("moved", 0.0))
+    if not 0 <= moved < 1:
+        raise ValueError(f"moved={moved} must be at least 0 and below 1: updates made in this step over its updates")
+    # An algorithm without ratios may have an option of the same name.
+    mine = [key for key in corrections.OPTIONS if key in rest and key not in algorithm.all_options]
+    return corrections.resolve(name, {key: rest.pop(key) for key in mine}), moved, rest
+
+
+def prepare(
+    algorithm: Algorithm, batch: TokenBatch, options: Options, correction: Settings = OFF
+) -> tuple[TokenBatch, Normaliser]:
     """The batch with what the driver would have added and left out, and its normaliser. options: resolved."""
     batch = trainable(algorithm, batch)
     if batch.reward is not None and (batch.advantage is None or algorithm.offline):
@@ -36,7 +53,7 @@ def prepare(algorithm: Algorithm, batch: TokenBatch, options: Options) -> tuple[
         batch = replace(batch, confidence=reduction.group_confidence(batch))
     if batch.group_size is None and options["reduction"] == "PN":
         batch = replace(batch, group=batch.groups, group_size=reduction.group_sizes(batch))
-    return batch, _measured(algorithm, batch, options)
+    return batch, _measured(algorithm, batch, options, correction)
 
 
 def _advantages(algorithm: Algorithm, batch: TokenBatch, options: Options) -> Tensor:
@@ -71,8 +88,8 @@ def _kept(algorithm: Algorithm, batch: TokenBatch) -> Tensor:
     return trained
 
 
-def _measured(algorithm: Algorithm, batch: TokenBatch, options: Options) -> Normaliser:
-    """The normaliser with what the algorithm measures over the mini-batch."""
+def _measured(algorithm: Algorithm, batch: TokenBatch, options: Options, correction: Settings) -> Normaliser:
+    """The normaliser with what the algorithm and its correction measure over the mini-batch."""
     norm, requires = Normaliser.of(batch), algorithm.requires(options)
     if algorithm.keep == "paired":
         norm = replace(norm, pairs=preference.count_pairs(batch, options))
@@ -84,4 +101,7 @@ def _measured(algorithm: Algorithm, batch: TokenBatch, options: Options) -> Norm
             raise ValueError("quadrants need entropy [N]")
         chosen = wide(entropy.detach())[batch.policy]
         norm = replace(norm, entropy_threshold=reduction.quantile(chosen, options["quantile"]))
+    if correction.kind == "moment" and algorithm.rollout.ratio != "none":
+        sizes = staleness.log_ratios(batch, algorithm.rollout.ratio)
+        norm = replace(norm, m2_threshold=staleness.m2_threshold(sizes, correction.tau))
     return norm

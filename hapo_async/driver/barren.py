@@ -9,7 +9,8 @@ from hapo_async.errors import RunError
 from hapo_async.types import Judgement
 
 FRUITLESS = (8, 64)  # batches' worth of groups in a row, and at least so many groups
-ONE_SIDED = (32, 4096)  # ... where all that is wrong is that their answers are all right or all wrong
+ONE_SIDED = (32, 4096)  # ... where all that is wrong is that their answers are all right or all wrong, or too nearly so
+FILTERED = ("zero_variance", "outside_band")
 
 
 class Barren:
@@ -24,16 +25,16 @@ class Barren:
 
     def dropped(self, reason: str, judgements: Sequence[Judgement]) -> None:
         """Raises RunError when there has been nothing to train on for too long."""
-        if reason == "zero_variance":
+        if reason in FILTERED:
             # Such a group was sampled and judged as it should be: whatever else goes wrong is not all that happens.
-            self._counts = Counter(zero_variance=self._counts[reason])
+            self._counts = Counter({r: self._counts[r] for r in FILTERED})
         self._counts[reason] += 1
-        count = self._counts[reason]
+        count = sum(self._counts[r] for r in (FILTERED if reason in FILTERED else (reason,)))
         if count > self._limit(reason):
             raise RunError(f"{count} groups in a row were dropped as {reason!r} and {_explain(reason, judgements)}")
 
     def _limit(self, reason: str) -> int:
-        batches, groups = ONE_SIDED if reason == "zero_variance" else FRUITLESS
+        batches, groups = ONE_SIDED if reason in FILTERED else FRUITLESS
         limit = max(groups, batches * self._batch)
         return max(limit, self._prompts) if reason == "no_teacher" else limit
 
@@ -43,6 +44,11 @@ def _explain(reason: str, judgements: Sequence[Judgement]) -> str:
         return (
             "none could be trained on: their answers were all right or all wrong. The data are too easy or too hard for "
             "this model, or it has learnt them. Use others, a larger sampling.n, or an algorithm that trains on such groups too."
+        )
+    if reason == "outside_band":
+        return (
+            "none could be trained on: their mean rewards lay outside options.band_low and options.band_high. Widen the "
+            "band, use other data, or a larger sampling.n."
         )
     if reason == "no_teacher":
         return (

@@ -30,20 +30,24 @@ INSTALL_TRIES = 3
 CONTROL_S = 30.0
 CLOSE_S = 20.0
 
+ACTOR_OPTIONS: dict[str, Any] = {"max_concurrency": 1000, "max_restarts": 0, "enable_task_events": False}
+"""Of actors that are called several times for each group. Events of every call would cost a tenth of the driver's time."""
+
 Installed = Callable[["Generator", Version], None]
 """Called after each install of a version on a generator."""
 
 
 @dataclass
 class Generator:
-    """One generator. outstanding: estimated tokens still to come, by group in flight on it. detached: it gets no groups,
-    and keeps its version whatever is published."""
+    """One generator. outstanding: estimated tokens still to come, by group in flight on it; load: their sum. detached: it
+    gets no groups, and keeps its version whatever is published."""
 
     name: str
     actor: Any
     slot: placement.Slot
     installed: Version | None = None
     outstanding: dict[GroupKey, int] = field(default_factory=dict)
+    load: int = 0
     alive: bool = True
     detached: bool = False
     failures: int = 0
@@ -52,14 +56,20 @@ class Generator:
     idle_since: float | None = field(default_factory=time.monotonic)
     idle_s: float = 0.0
 
+    @property
+    def serves(self) -> bool:
+        """Whether training's groups are issued to it."""
+        return self.alive and not self.detached
+
     def assign(self, key: GroupKey, tokens: int) -> None:
         self.outstanding[key] = tokens
+        self.load += tokens
         if self.idle_since is not None:
             self.idle_s += time.monotonic() - self.idle_since
             self.idle_since = None
 
     def unassign(self, key: GroupKey) -> None:
-        self.outstanding.pop(key, None)
+        self.load -= self.outstanding.pop(key, 0)
         if not self.outstanding and self.idle_since is None:
             self.idle_since = time.monotonic()
 
@@ -84,6 +94,7 @@ class Fleet:
         self._calls = Calls()
         self._newest: tuple[Manifest, Sequence[Any]] | None = None
         self._installers: dict[str, asyncio.Task[None]] = {}
+        self._error: BaseException | None = None
         self._moved = asyncio.Event()  # a group left a generator, a version was installed, a generator failed
 
     @classmethod
@@ -103,7 +114,7 @@ class Fleet:
         for index in range(config.generator.count):
             name = f"generator-{index}"
             slot = slots[index] if slots else placement.reserve(cluster, width, cpu_share, name, one_node=True)
-            options = slot.options(0, gpus=0 if width > 1 else None, max_concurrency=1000, max_restarts=0)
+            options = slot.options(0, gpus=0 if width > 1 else None, **ACTOR_OPTIONS)
             actor = (
                 ray.remote(GeneratorActor)
                 .options(**options)
@@ -121,7 +132,7 @@ class Fleet:
     @property
     def serving(self) -> list[Generator]:
         """Alive and not detached: those that training's groups are issued to."""
-        return [g for g in self.generators if g.alive and not g.detached]
+        return [g for g in self.generators if g.serves]
 
     def calls(self) -> list[Pending]:
         """Remote calls that have not been answered, oldest first."""
@@ -135,8 +146,18 @@ class Fleet:
 
     async def collect(self, generator: Generator, key: GroupKey, deadline_s: float) -> tuple[GroupHeader, Any]:
         """(header, reference to the Group). The group's tokens stay where they were made. Raises CallFailed."""
-        header_ref, payload_ref = generator.actor.collect.remote(key)
-        header = await self._calls.answer(header_ref, deadline_s, generator.name, "collect", key)
+        refs = generator.actor.collect.remote(list(key))  # plain data: no pickle
+        return await self._header(generator, key, refs, deadline_s)
+
+    async def sample(self, generator: Generator, request: GroupRequest, deadline_s: float) -> tuple[GroupHeader, Any]:
+        """``submit`` and ``collect`` of one request in one call."""
+        return await self._header(generator, request.key, generator.actor.sample.remote(request), deadline_s)
+
+    async def _header(
+        self, generator: Generator, key: GroupKey, refs: tuple[Any, Any], deadline_s: float
+    ) -> tuple[GroupHeader, Any]:
+        header_ref, payload_ref = refs
+        header: GroupHeader = await self._calls.answer(header_ref, deadline_s, generator.name, "collect", key)
         generator.tokens += sum(header.lengths)
         return header, payload_ref
 
@@ -150,22 +171,27 @@ class Fleet:
         found = {g.name: [k for k in keys if k in g.outstanding] for g in self.alive}
         return {name: mine for name, mine in found.items() if mine}
 
-    async def truncate(self, owners: dict[str, list[GroupKey]]) -> None:
-        """Ends the running answers of these groups now; they come back as they are. A silent generator is ignored."""
-        await self._each("truncate", owners)
+    async def truncate(self, owners: dict[str, list[GroupKey]]) -> dict[GroupKey, tuple[int, ...]]:
+        """Ends the running answers of these groups now; they come back as they are. Returns the tokens so far of each
+        answer, by group, where generators tell. A silent generator is ignored."""
+        return await self._each("truncate", owners)
 
-    async def abort(self, owners: dict[str, list[GroupKey]]) -> None:
-        """Makes generators forget groups. A silent generator is ignored."""
-        await self._each("abort", owners)
+    async def abort(self, owners: dict[str, list[GroupKey]]) -> dict[GroupKey, tuple[int, ...]]:
+        """Makes generators forget groups. Returns the tokens so far of each answer, by group, where generators tell. A
+        silent generator is ignored."""
+        return await self._each("abort", owners)
 
-    async def _each(self, method: str, owners: dict[str, list[GroupKey]]) -> None:
+    async def _each(self, method: str, owners: dict[str, list[GroupKey]]) -> dict[GroupKey, tuple[int, ...]]:
+        found: dict[GroupKey, tuple[int, ...]] = {}
+
         async def one(generator: Generator, keys: list[GroupKey]) -> None:
             try:
-                await self._ask(generator, method, CONTROL_S, keys)
+                found.update(await self._ask(generator, method, CONTROL_S, keys) or {})
             except CallFailed as error:
                 log.warning("%s of %d groups failed: %s", method, len(keys), error)
 
         await asyncio.gather(*(one(g, owners[g.name]) for g in self.alive if g.name in owners))
+        return found
 
     async def score(
         self, generator: Generator, sequences: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -280,19 +306,18 @@ class Fleet:
     def _start_installing(self, generator: Generator) -> None:
         running = self._installers.get(generator.name)
         if running is None or running.done():
-            self._installers[generator.name] = asyncio.create_task(self._install(generator))
+            task = self._installers[generator.name] = asyncio.create_task(self._install(generator))
+            task.add_done_callback(self._install_ended)
 
     async def wait_installed(self, version: Version, deadline_s: float) -> None:
         """Returns when every serving generator, at least one, has ``version``. Raises RunError after the deadline."""
 
-        async def all_current() -> None:
-            while not self.serving or any(g.installed != version for g in self.serving):
-                self._moved.clear()
-                await self._moved.wait()
-                self.check()
-
         try:
-            await asyncio.wait_for(all_current(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                while not self.serving or any(g.installed != version for g in self.serving):
+                    self._moved.clear()
+                    await self._moved.wait()
+                    self.check()
         except TimeoutError:
             late = [g.name for g in self.serving if g.installed != version] or ["no generator"]
             raise RunError(f"{', '.join(late)} did not install version {version} within {deadline_s:.0f} s") from None
@@ -324,11 +349,16 @@ class Fleet:
             call(generator, manifest.version)
         self.changed()
 
+    def _install_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._error = self._error or error
+            self._moved.set()
+            self.changed()
+
     def check(self) -> None:
         """Raises what an installer raised: nothing else would notice."""
-        for task in self._installers.values():
-            if task.done() and not task.cancelled() and (error := task.exception()):
-                raise error
+        if self._error:
+            raise self._error
 
     async def close(self) -> None:
         for task in self._installers.values():

@@ -86,6 +86,10 @@ class Journal:
         self._forget_idling()
         self.view.update(step, self.writer.write(step, {**values, "time/run_s": self.elapsed_s()}))
 
+    def beside(self, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation that ended beside training, of a step that was a while ago."""
+        self.view.evaluation(step, self.writer.write(step, {**values, "time/run_s": self.elapsed_s()}))
+
     def _forget_idling(self) -> None:
         """What generators idled while the run came up, or beside an evaluation, is no wait for weights."""
         for generator in self.fleet.generators:
@@ -123,11 +127,11 @@ class Journal:
     def _flow(self, trained: Trained, trainer: Trainer) -> dict[str, float]:
         tally = self.sampler.take_tally()
         seconds = max(1e-9, time.monotonic() - trained.times.began)
-        alive = self.fleet.alive
+        alive, serving = self.fleet.alive, self.fleet.serving
         # Beside cached answers a generator has nothing to do but evaluations: it waits for no weights.
-        idle = [g.take_idle_s() for g in alive if not self._algorithm.offline]
-        installs = [g.last_install for g in alive if g.last_install]
-        lags = {g.name: trained.step - (g.installed.step if g.installed else 0) for g in alive}
+        idle = [g.take_idle_s() for g in serving if not self._algorithm.offline]
+        installs = [g.last_install for g in serving if g.last_install]
+        lags = {g.name: trained.step - (g.installed.step if g.installed else 0) for g in serving}
         ledger = {f"ledger/{k}": float(v) for k, v in trainer.ledger.counts().items()}
         ledger |= {f"ledger/dropped/{k}": float(v) for k, v in trainer.ledger.dropped_reasons.items()}
         per_generator = {}

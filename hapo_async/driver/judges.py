@@ -12,6 +12,7 @@ from actors import placement
 from actors.calls import CallFailed, Calls, Pending
 from actors.verifier import VerifierActor
 from hapo_async.config import Config
+from hapo_async.driver.fleet import ACTOR_OPTIONS
 from hapo_async.errors import RunError
 from hapo_async.types import GroupKey, Judgement, Prompt
 
@@ -33,8 +34,7 @@ class Judges:
         remote: Any = VerifierActor
         for index in range(config.verifier.count):
             name = f"verifier-{index}"
-            options = {"max_concurrency": 1000, "max_restarts": 0}
-            actors[name] = remote.options(**options).remote(
+            actors[name] = remote.options(**ACTOR_OPTIONS).remote(
                 config.verifier.name, config.verifier.workers, config.verifier.timeout_s
             )
         refs = {name: actor.ready.remote() for name, actor in actors.items()}
@@ -48,6 +48,18 @@ class Judges:
     def calls(self) -> list[Pending]:
         """Remote calls that have not been answered, oldest first."""
         return self._calls.pending()
+
+    @property
+    def names(self) -> list[str]:
+        """Those in service."""
+        return list(self._actors)
+
+    async def stats(self, name: str, deadline_s: float) -> dict[str, Any]:
+        """What a verifier says of itself: ``VerifierActor.stats``. Raises CallFailed."""
+        if (actor := self._actors.get(name)) is None:
+            raise CallFailed(name, "out of service", gone=True)
+        stats: dict[str, Any] = await self._calls.answer(actor.stats.remote(), deadline_s, name, "stats")
+        return stats
 
     async def judge(self, payload: Any, prompt: Prompt, answers: int, key: GroupKey | None = None) -> list[Judgement]:
         """One judgement per answer of the group behind ``payload``; ``key`` names it to those who ask what is pending.

@@ -5,29 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 import time
-from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from actors import placement
-from actors.learner import LearnerGroup
 from hapo_async import checkpoint, metrics, rollouts
 from hapo_async.buffer import Buffer
-from hapo_async.config import Config
 from hapo_async.data import PromptStream
+from hapo_async.driver import starting, tasks
+from hapo_async.driver.beside import BesideTraining
+from hapo_async.driver.canary import Canary
 from hapo_async.driver.evaluation import Evaluator
-from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.journal import Journal
-from hapo_async.driver.judges import Judges
 from hapo_async.driver.offline import Offline
+from hapo_async.driver.outcome import Outcome, outcome_rows
+from hapo_async.driver.resuming import (
+    already_done,
+    copy_model,
+    early_note,
+    find_checkpoint,
+    open_stream,
+    refuse_another_run,
+)
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.setup import Prepared, check_libraries
 from hapo_async.driver.training import StepTimes, Trained, Trainer
-from hapo_async.errors import ConfigError, RunError
+from hapo_async.driver.watchdog import Watchdog
+from hapo_async.errors import RunError
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
 from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
@@ -35,34 +42,23 @@ from hapo_async.report import page as report
 from hapo_async.rundir import RunDir
 from hapo_async.types import Version
 
+__all__ = ["Outcome", "outcome_rows", "train"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. evals: metrics of the last evaluation. note: why it ended before train.steps, where it chose to."""
-
-    run_dir: Path
-    steps: int
-    finished: bool
-    seconds: float
-    first_evals: dict[str, float] = field(default_factory=dict)
-    evals: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
 
 def train(prepared: Prepared) -> Outcome:
     """Runs to the end. Raises UserError before anything started, RunError after."""
     with RunDir(prepared.config) as folder:
-        resumed = _find_checkpoint(prepared.config, folder)
+        resumed = find_checkpoint(prepared.config, folder)
         if resumed:
-            _refuse_another_run(prepared.config, folder)
+            refuse_another_run(prepared.config, folder)
         if resumed and resumed.step >= prepared.config.train.steps:
-            return _already_done(folder, resumed)
-        stream = _open_stream(prepared, resumed)  # refuses other data before anything is started or overwritten
+            return already_done(folder, resumed)
+        stream = open_stream(prepared, resumed)  # refuses other data before anything is started or overwritten
         offline = Offline.open(prepared, folder.path, resumed) if prepared.algorithm.offline else None
         if resumed and offline and offline.early.due:
-            return replace(_already_done(folder, resumed), note=_early_note(folder, offline))
+            return replace(already_done(folder, resumed), note=early_note(folder, offline))
         folder.write_config()
         actors = prepared.config.generator.count + prepared.config.learner.ranks
         cluster = placement.join(actors)
@@ -73,58 +69,6 @@ def train(prepared: Prepared) -> Outcome:
             cluster.stop()
             with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
                 report.write(folder.path)
-
-
-def _find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | None:
-    found = checkpoint.newest(folder.checkpoints)
-    if found is None and config.run.resume == "must":
-        raise ConfigError(f"run.resume=must, but {str(folder.checkpoints)!r} holds no checkpoint.")
-    if found is None and folder.has_metrics:
-        raise ConfigError(
-            f"run.dir={str(folder.path)!r} holds a run without a checkpoint, which cannot be continued. Give another run.dir, "
-            "or run.resume=never to move it aside and start afresh."
-        )
-    return found
-
-
-def _refuse_another_run(config: Config, folder: RunDir) -> None:
-    """Raises ConfigError where the folder holds a run of another algorithm, model or data: it would be taken for this
-    one's. Other settings may change on the way."""
-    before = folder.read_config()
-    for key, mine in (("algorithm", config.algorithm), ("model", config.model), ("data.train", config.data.train)):
-        there: Any = before
-        for part in key.split("."):
-            there = there.get(part, {}) if isinstance(there, dict) else {}
-        if isinstance(there, str) and there != mine:
-            raise ConfigError(
-                f"run.dir={str(folder.path)!r} holds a run with {key}={there!r}, this one has {key}={mine!r}. Give another "
-                "run.dir, or run.resume=never to move that run aside and start afresh."
-            )
-
-
-def _open_stream(prepared: Prepared, resumed: checkpoint.Checkpoint | None) -> PromptStream:
-    """The data where the checkpoint left them. Raises DataError when these are other data, or in another order."""
-    c = prepared.config
-    stream = PromptStream(prepared.prompts, c.seed, c.data.shuffle, c.data.epochs)
-    if resumed:
-        stream.restore(resumed.driver["cursor"])
-        if resumed.driver["config_digest"] != c.digest():
-            log.warning("continuing from step %d with a changed configuration", resumed.step)
-    return stream
-
-
-def _already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
-    if not folder.model.is_dir():
-        _copy_model(found.path / "model", folder.model)
-    rows = metrics.read(folder.path)
-    evals = [{k: v for k, v in r.items() if k.startswith("eval/")} for r in rows]
-    evals = [e for e in evals if e] or [{}]
-    return Outcome(folder.path, found.step, True, 0.0, evals[0], evals[-1])
-
-
-def _early_note(folder: RunDir, offline: Offline) -> str:
-    best = folder.checkpoints / f"step-{offline.early.best_step}" / "model"
-    return offline.early.text() + (f" (its model: {best})" if best.is_dir() else "")
 
 
 class _Run:
@@ -160,6 +104,7 @@ class _Run:
             if purge is not None:
                 rollouts.discard(self.folder.path, purge)
                 metrics.discard(self.folder.path / QUARANTINE_FILE, purge)
+            self.sampler.retries.quarantine = Quarantine(self.folder.path)
             view = stack.enter_context(LiveView(self.config.train.steps, began=self.began))
             if self.resumed:
                 view.console.print(f"continuing from the checkpoint of step {self.resumed.step}", highlight=False)
@@ -187,7 +132,7 @@ class _Run:
     def note(self) -> str:
         """Why the run ends early, where early stopping says so."""
         early = self.trainer.version.step < self.config.train.steps and self.offline and self.offline.early.due
-        return _early_note(self.folder, self.offline) if early and self.offline else ""
+        return early_note(self.folder, self.offline) if early and self.offline else ""
 
     # ---------------------------------------------------------------- coming up
 
@@ -200,42 +145,42 @@ class _Run:
         self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
         self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
         self.sampler.step = step
-        self.sampler.retries.quarantine = Quarantine(self.folder.path)
         if state:
             self.sampler.posteriors.restore(state.get("gate", {}))
 
     async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:
-        p, c = self.prepared, self.config
-        sampling = c.generator.count * c.generator.width
-        shared = c.generator.placement == "colocated"
-        bundles = max(sampling, c.learner.ranks) if shared else sampling + c.learner.ranks
-        share = placement.cpu_share(self.cluster, bundles)
-        slot = placement.reserve(self.cluster, bundles if shared else c.learner.ranks, share, "learner")
-        parts: list[placement.Slot] = []
-        if shared:
-            slot, parts = placement.share(slot, c.generator.count, c.generator.width)
-
-        async def fleet(after: Awaitable[Any]) -> Fleet:
-            if parts:  # the learner leaves the devices first
-                await (await asyncio.shield(after)).sleep()
-            return await Fleet.start(c, p.model_path, self.cluster, share, self.sampler.wake, parts)
-
-        learner = asyncio.ensure_future(LearnerGroup.start(c, p.model_path, self.cluster, slot))
-        starting = (learner, fleet(learner), Judges.start(c))
-        started: Any = await asyncio.gather(*starting, return_exceptions=True)
-        failed = [part for part in started if isinstance(part, BaseException)]
-        for part in started:
-            if part not in failed:
-                stack.push_async_callback(part.close)
-        if failed:
-            raise failed[0]
-        self.learner, self.fleet, self.judges = started
+        c = self.config
+        self.learner, self.fleet, self.judges = await starting.start(
+            c, self.prepared.model_path, self.cluster, self.sampler.wake, stack
+        )
         stack.push_async_callback(self.sampler.close)
         self.trainer = Trainer(c, self.learner, self.fleet, self.sampler, self.ledger, self.buffer, self.version)
         if self.resumed:
             async with self.trainer.turn():
                 await self.learner.load(self.resumed.path)
-        self.evaluator = Evaluator(c, p.eval_sets, self.fleet, self.judges, self.folder.path)
+        self.evaluator = Evaluator(c, self.prepared.eval_sets, self.fleet, self.judges, self.folder.path)
+        self.beside = BesideTraining(c, self.evaluator, self.fleet)
+        stack.push_async_callback(self.beside.close)
+        self.canary = Canary(c, self.prepared.prompts, self.learner, self.fleet, self._say)
+        stack.push_async_callback(self.canary.close)
+        self.trainer.at_publish = self.canary.at_publish
+        self.watchdog = Watchdog(
+            c,
+            self.fleet,
+            self.judges,
+            self.learner,
+            self.sampler,
+            self.buffer,
+            self.ledger,
+            self.folder.path,
+            self._say,
+        )
+        watching = asyncio.create_task(self.watchdog.run())
+        stack.push_async_callback(tasks.end, watching)
+
+    def _say(self, text: str) -> None:
+        """A line for people, above the live view."""
+        self.view.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     # ---------------------------------------------------------------- running
 
@@ -256,22 +201,17 @@ class _Run:
             for task in done:
                 task.result()
         finally:
-            for task in (feeding, training):
-                task.cancel()
-            await asyncio.gather(feeding, training, return_exceptions=True)
+            await tasks.end(feeding, training)
         await self._finish()
 
     async def _prepare_answers(self, offline: Offline) -> bool:
         """The cached answers, sampled, judged and scored where that has not been done; False when a signal came first.
         A run that has trained finds them complete: its weights are no longer those that they belong to."""
 
-        def say(text: str) -> None:
-            self.view.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
         async def prepare() -> None:
-            await offline.generate(self.fleet, self.judges, say)
+            await offline.generate(self.fleet, self.judges, self._say)
             async with self.trainer.turn():
-                await offline.score(self.learner, say)
+                await offline.score(self.learner, self._say)
 
         self._preparing = asyncio.ensure_future(prepare())
         await asyncio.wait({self._preparing})
@@ -284,13 +224,17 @@ class _Run:
     async def _committed(self, trained: Trained) -> StepTimes:
         """The step boundary: evaluation, the step's row and rollouts, then the checkpoint that seals them."""
         c, step = self.config, trained.step
-        evals: dict[str, float] = {}
+        extra: dict[str, float] = {}
         last = step == c.train.steps
         if last or (c.eval.every and step % c.eval.every == 0):
-            began = time.monotonic()
-            evals = await self._evaluate(step)
-            trained.times.eval += time.monotonic() - began
-        await self.journal.step(trained, self.trainer, evals)
+            if last or not self.beside.possible:
+                began = time.monotonic()
+                extra = await self._evaluate(step)
+                trained.times.eval += time.monotonic() - began
+            else:
+                self.beside.start(step, self.trainer.version)
+        self._take_beside()
+        await self.journal.step(trained, self.trainer, extra | self.canary.take() | self.watchdog.take())
         self.trainer.enough = bool(self.note)
         times = StepTimes()
         if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
@@ -300,18 +244,30 @@ class _Run:
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers."""
+        await self.beside.drain()
         values: dict[str, float] = {}
         if self.evaluator.sets:
             await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
-            values = self.last_evals = await self.evaluator.run(step)
+            values = self.last_evals = await self.evaluator.run(step, version=self.trainer.version)
         if self.offline:
             async with self.trainer.turn():
                 values |= await self.offline.measure(self.learner, self.trainer.version)
         return values
 
+    def _take_beside(self) -> None:
+        """Rows of the evaluations that ended beside training."""
+        for step, values in self.beside.take():
+            self.journal.beside(step, values)
+            if any(name.endswith("/pass@1") for name in values):
+                self.last_evals = values
+
     async def _finish(self) -> None:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
         step = self.trainer.version.step
+        if self.trainer.stopping:
+            await self.beside.close()
+        await self.beside.drain()
+        self._take_beside()
         ended_early = step < self.config.train.steps and not self.trainer.stopping
         if ended_early and step == 0:
             raise RunError(
@@ -322,7 +278,7 @@ class _Run:
         if ended_early and not evaluated and (values := await self._evaluate(step)):
             self.journal.evaluation(step, values)
         path = await self._checkpoint(step)
-        await asyncio.to_thread(_copy_model, path / "model", self.folder.model)
+        await asyncio.to_thread(copy_model, path / "model", self.folder.model)
 
     async def _checkpoint(self, step: int) -> Path:
         began = time.monotonic()
@@ -340,7 +296,8 @@ class _Run:
             "config_digest": self.config.digest(),
             **({"offline": self.offline.early.state()} if self.offline else {}),
         }
-        path = await asyncio.to_thread(checkpoint.seal, folder, root, step, driver)
+        with self.watchdog.during("seals a checkpoint"):
+            path = await asyncio.to_thread(checkpoint.seal, folder, root, step, driver)
         checkpoint.prune(root, self.config.train.keep_checkpoints)
         log.info("checkpoint of step %d written in %.1f s", step, time.monotonic() - began)
         return path
@@ -369,17 +326,3 @@ class _Run:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
-
-
-def _copy_model(source: Path, target: Path) -> None:
-    beside = target.with_name(".model.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-
-
-def outcome_rows(outcome: Outcome) -> list[tuple[str, Any, Any]]:
-    """(set, pass@1 before, pass@1 after) of each evaluation set, for the closing lines."""
-    names = [k for k in outcome.evals if k.endswith("/pass@1")]
-    return [(n.split("/")[1], outcome.first_evals.get(n), outcome.evals[n]) for n in names]

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from actors.calls import CallFailed
-from hapo_async import gate, inject
+from hapo_async import gate
 from hapo_async.admission import capacity
 from hapo_async.algorithms import Algorithm
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
-from hapo_async.driver.barren import Barren
 from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.driver.intake import Intake
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.offline import Offline
-from hapo_async.errors import RunError
+from hapo_async.driver.retries import Retries
 from hapo_async.ledger import Ledger
-from hapo_async.posterior import Posteriors
-from hapo_async.types import (
-    GateDecision,
-    GatedGroup,
-    GroupHeader,
-    GroupKey,
-    GroupRequest,
-    Judgement,
-    Prompt,
-    Sampling,
-)
+from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
 
 log = logging.getLogger(__name__)
-
-MAX_REFUSALS = 3  # a prompt that engines or verifiers refuse this often is dropped
-MAX_LATE = 2  # ... and one that is too late this often
 
 
 @dataclass
 class Flight:
-    """A group between issue and buffer. step: the version step it was issued under, a lower bound of its age."""
+    """A group between issue and buffer. step: the version step it was issued under, a lower bound of its age. lengths: of
+    its answers [tokens], once they are complete."""
 
     prompt: Prompt
     generator: str
     step: int
     started: float
     stage: str = "generating"
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -64,6 +53,7 @@ class Tally:
     verify_s: list[float] = field(default_factory=list)
     verdicts: dict[str, int] = field(default_factory=dict)
     late: int = 0
+    late_lengths: Counter[str] = field(default_factory=Counter)
 
 
 class Sampler:
@@ -95,24 +85,25 @@ class Sampler:
         self.exhausted = False
         self.flights: dict[GroupKey, Flight] = {}
         self.tally = Tally()
+        self.intake = Intake(config, algorithm, options, ledger, buffer, len(stream))
+        self.posteriors = self.intake.posteriors
+        self.retries = Retries(ledger, config.train.batch_prompts)
         self.offline: Offline | None = None  # the cached answers, of an offline algorithm
-        self.posteriors = Posteriors(config.gate.decay)
         self.changed = asyncio.Event()
         self.arrived = asyncio.Event()
-        self._retries: deque[tuple[int, str]] = deque(ledger.waiting())
         self._tasks: set[asyncio.Task[None]] = set()
         self._mean_length = config.sampling.max_tokens / 2
         self._error: BaseException | None = None
-        self._barren = Barren(config.train.batch_prompts, len(stream))
 
     def take_tally(self) -> Tally:
         tally, self.tally = self.tally, Tally()
+        tally.late_lengths, self.retries.late_lengths = self.retries.late_lengths, Counter()
         return tally
 
     @property
     def drained(self) -> bool:
         """True when the data are used up and nothing is on its way."""
-        return self.exhausted and not self._retries and not self.flights
+        return self.exhausted and not self.retries and not self.flights
 
     def wake(self) -> None:
         """Something changed: the issuing loop and whoever waits for arrivals look again."""
@@ -132,14 +123,23 @@ class Sampler:
                 elif self._demonstrations_ahead:
                     self._issue_demonstrations()
                 else:
-                    await self._issue(fleet, judges)
+                    self._issue(fleet, judges)
             if self.drained:
                 self.arrived.set()  # whoever waits for a full batch must make do with what is left
             await self.changed.wait()
 
-    async def _issue(self, fleet: Fleet, judges: Judges) -> None:
+    def _issue(self, fleet: Fleet, judges: Judges) -> None:
+        """Gives every free place a prompt, each time to the generator with the fewest tokens outstanding."""
         rounds: dict[str, tuple[Generator, list[GroupRequest]]] = {}
-        while (generator := self._roomiest(fleet)) is not None and (found := self._next_prompt()) is not None:
+        roomy = self._roomy(fleet)
+        while roomy:
+            _, place, generator = roomy[0]
+            # Every prompt issued takes from all capacities: one that is used up stays so.
+            if self._capacity(generator) <= 0:
+                heapq.heappop(roomy)
+                continue
+            if (found := self._next_prompt()) is None:
+                break
             epoch, prompt = found
             assert generator.installed is not None
             key = self.ledger.issue(epoch, prompt.uid)
@@ -147,13 +147,28 @@ class Sampler:
             generator.assign(key, sampling.n * int(len(prompt.tokens) + self._mean_length))
             self.flights[key] = Flight(prompt, generator.name, generator.installed.step, time.monotonic())
             rounds.setdefault(generator.name, (generator, []))[1].append(GroupRequest(key, prompt.tokens, sampling))
+            heapq.heapreplace(roomy, (generator.load, place, generator))
         for generator, requests in rounds.values():
-            self._start(self._dispatch(fleet, judges, generator, requests))
+            # Several enter the engine together, in one call; one alone, the usual case, needs no call of its own for that.
+            alone = len(requests) == 1
+            self._start(
+                self._follow(fleet, judges, generator, requests[0].key, requests[0])
+                if alone
+                else self._dispatch(fleet, judges, generator, requests)
+            )
 
-    def _roomiest(self, fleet: Fleet) -> Generator | None:
-        """The serving generator with capacity that has the fewest tokens outstanding."""
-        roomy = [g for g in fleet.serving if self._capacity(g) > 0]
-        return min(roomy, key=lambda g: sum(g.outstanding.values()), default=None)
+    def _roomy(self, fleet: Fleet) -> list[tuple[int, int, Generator]]:
+        """(tokens outstanding, position, generator) of those that serve and have capacity, as a heap."""
+        if self._untrained >= (self.config.max_staleness + 1) * self.config.train.batch_prompts:
+            return []  # no capacity even without any lag
+        heap = [(g.load, place, g) for place, g in enumerate(fleet.generators) if g.serves and self._capacity(g) > 0]
+        heapq.heapify(heap)
+        return heap
+
+    @property
+    def _untrained(self) -> int:
+        """A prompt that waits to be retried is about to be issued: it must not block itself."""
+        return self.ledger.untrained - self.ledger.to_retry
 
     def _capacity(self, generator: Generator) -> int:
         if generator.installed is None:
@@ -164,13 +179,12 @@ class Sampler:
             max_staleness=self.config.max_staleness,
             lag=self.step - generator.installed.step,
             batch_prompts=self.config.train.batch_prompts,
-            # A prompt that waits to be retried is about to be issued: it must not block itself.
-            untrained=self.ledger.untrained - self.ledger.to_retry,
+            untrained=self._untrained,
         )
 
     def _next_prompt(self) -> tuple[int, Prompt] | None:
-        if self._retries:
-            epoch, uid = self._retries.popleft()
+        if self.retries:
+            epoch, uid = self.retries.pop()
             return epoch, self.prompts[uid]
         found = self.stream.next()
         self.exhausted = found is None
@@ -193,7 +207,7 @@ class Sampler:
     def _issue_demonstrations(self) -> None:
         """What learns from demonstrations alone needs no generator: prompts go straight to the buffer."""
         wanted = self.config.train.batch_prompts * self._demonstrations_ahead
-        while self.ledger.untrained - self.ledger.to_retry < wanted:
+        while self._untrained < wanted:
             if (found := self._next_prompt()) is None:
                 return
             epoch, prompt = found
@@ -204,7 +218,7 @@ class Sampler:
     def _issue_cached(self, offline: Offline) -> None:
         """Cached answers need no generator either. Prompts that the run does not train on are passed over."""
         wanted = self.config.train.batch_prompts * (self.config.max_staleness + 1)
-        while self.ledger.untrained - self.ledger.to_retry < wanted and (found := self._next_prompt()):
+        while self._untrained < wanted and (found := self._next_prompt()):
             epoch, prompt = found
             if not offline.trains(prompt.uid):
                 continue
@@ -230,16 +244,26 @@ class Sampler:
         given_up = [r.key for r in requests if not self.ledger.is_current(r.key)]
         if given_up:
             await fleet.abort({generator.name: given_up})
+            for key in given_up:
+                fleet.release(generator, key)
         for request in requests:
             if request.key not in given_up:
                 self._start(self._follow(fleet, judges, generator, request.key))
 
-    async def _follow(self, fleet: Fleet, judges: Judges, generator: Generator, key: GroupKey) -> None:
+    async def _follow(
+        self, fleet: Fleet, judges: Judges, generator: Generator, key: GroupKey, request: GroupRequest | None = None
+    ) -> None:
+        """request: where the group has not been submitted yet."""
         flight = self.flights.get(key)
-        if flight is None:
+        if flight is None:  # given up before it began
+            fleet.release(generator, key)
             return
         try:
-            header, payload = await fleet.collect(generator, key, self.config.generator.deadline_s)
+            deadline_s = self.config.generator.deadline_s
+            if request:
+                header, payload = await fleet.sample(generator, request, deadline_s)
+            else:
+                header, payload = await fleet.collect(generator, key, deadline_s)
         except CallFailed as error:
             fleet.mark_failed(generator, error)
             self._give_back(fleet, generator, key, error)
@@ -248,7 +272,7 @@ class Sampler:
         if not self.ledger.is_current(key):
             return  # given up in the meantime: a late answer is fenced by its attempt
         self._count_generated(header)
-        flight.stage = "verifying"
+        flight.stage, flight.lengths = "verifying", header.lengths
         flight.step = header.oldest.step if header.oldest else flight.step
         began = time.monotonic()
         try:
@@ -276,99 +300,70 @@ class Sampler:
         judgements: list[Judgement],
         logp_ref: tuple[np.ndarray, ...] | None = None,
     ) -> None:
-        """Gate, injection and advantage; then the buffer, or ``dropped`` when nothing is left to train on."""
-        gated = GatedGroup(header, payload, prompt, tuple(judgements), self._decide(header, prompt, judgements))
-        train = inject.compose(
-            self.algorithm.composition,
-            gated,
-            self.algorithm.advantage_for(self.options),
-            options=self.options,
-            keep=self.algorithm.keep,
-            advantage_group=self.config.gate.advantage_group,
-            step=self.step,
-            teacher=self.config.gate.teacher,
-            seed=self.config.seed,
-        )
         self.flights.pop(header.key, None)
-        if train is None:
-            self._drop(header.key, inject.why_nothing(gated, self.options), judgements)
-            return
-        self._barren.admitted()
-        self.ledger.admit(header.key)
-        self.buffer.add(Ready(gated, replace(train, logp_ref=logp_ref)))
-        self.wake()
-
-    def _drop(self, key: GroupKey, reason: str, judgements: list[Judgement]) -> None:
-        """A group without anything to learn from. Raises RunError when there is nothing else for many batches."""
-        self.ledger.drop(key, reason)
-        self._barren.dropped(reason, judgements)
-        self.wake()
-
-    def _decide(self, header: GroupHeader, prompt: Prompt, judgements: list[Judgement]) -> GateDecision:
-        """Once for each group, when it is complete."""
-        pooled = self.config.gate.decision == "pooled"
-        rewards = [j.reward or 0.0 for j in judgements]
-        judged = [j.verdict.is_judged for j in judgements]
-        decision = gate.decide(
-            rewards,
-            judged,
-            prompt.teachers,
-            header.lengths,
-            header.answer_steps,
-            config=self.config.gate,
-            rng_seed=gate.seed_of(header.key, self.config.seed),
-            progress=Fraction(self.step, self.config.train.steps),
-            past=self.posteriors.before(header.key) if pooled else None,
-        )
-        if pooled and not decision.is_unverified:
-            self.posteriors.record(header.key, decision.successes, decision.judged - decision.successes)
-        return decision
+        try:
+            self.intake.admit(header, payload, prompt, judgements, self.step, logp_ref)
+        finally:
+            self.wake()
 
     # ---------------------------------------------------------------- giving up
 
     def _give_back(self, fleet: Fleet, generator: Generator, key: GroupKey, error: CallFailed) -> None:
-        """Infrastructure failed: the prompt is issued again. What died with a generator is never charged to the prompt;
-        one that is refused again and again is dropped."""
+        """Infrastructure failed: the prompt is issued again, a bounded number of times."""
         fleet.release(generator, key)
         if not self.ledger.is_current(key):
             return
         self.flights.pop(key, None)
-        blameless = error.gone or error.lost
-        tries = self.ledger.retry(key, "lost" if blameless else "refused")
-        if blameless or tries < MAX_REFUSALS:
-            self._retries.append((key.epoch, key.uid))
-        else:
-            self.ledger.drop(key, "failed")
-            log.error("prompt %s failed %d times, last: %s", key.uid, tries, error)
-            if self.ledger.dropped_reasons["failed"] > self.config.train.batch_prompts:
-                count = self.ledger.dropped_reasons["failed"]
-                raise RunError(f"{count} prompts failed {MAX_REFUSALS} times each; the last: {error}")
+        self.retries.failed(key, self.step + 1, error)
         self.wake()
 
     async def give_up_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
-        """Drops groups that would grow too old: aborted, issued again once, then quarantined (``dropped(late)``)."""
+        """Drops groups that would grow too old: aborted, issued again once, then quarantined (``dropped(late)``).
+
+        A generator counts as busy with them until it answers: one that is silent is not the first to get others.
+        """
         owners = fleet.owners(keys)
         # The books first: whatever an aborted call brings then belongs to an attempt that is over.
+        late: list[tuple[GroupKey, int, tuple[int, ...] | None]] = []
         for key in keys:
-            if not self.ledger.is_current(key):
-                continue
-            self.flights.pop(key, None)
-            for generator in fleet.generators:
-                if key in generator.outstanding:
-                    fleet.release(generator, key)
-            if self.ledger.retry(key, "late") >= MAX_LATE:
-                self.ledger.drop(key, "late")
-            else:
-                self._retries.append((key.epoch, key.uid))
-            self.tally.late += 1
+            flight = self.flights.pop(key, None)
+            if flight and self.ledger.is_current(key):
+                late.append((key, self.retries.late(key, "late"), flight.lengths))
+        self.tally.late += len(late)
         self.wake()
-        await fleet.abort(owners)
+        # A generator that is silent must not hold up the learner as well.
+        self._start(self._abort_late(fleet, owners, late, self.step + 1))
+
+    async def _abort_late(
+        self,
+        fleet: Fleet,
+        owners: dict[str, list[GroupKey]],
+        late: list[tuple[GroupKey, int, tuple[int, ...] | None]],
+        step: int,
+    ) -> None:
+        """late: key, tries, and the answers' lengths where they are complete already."""
+        lengths: Mapping[GroupKey, tuple[int, ...]] = {}
+        try:
+            lengths = await fleet.abort(owners)
+        finally:
+            for key, tries, complete in late:
+                self.retries.record_late(key, step, tries, complete or lengths.get(key))
+
+    async def recall(self, fleet: Fleet) -> None:
+        """Takes back whatever is in flight; it will be issued again."""
+        owners = fleet.owners(list(self.flights))
+        for key in list(self.flights):
+            del self.flights[key]
+            self.retries.recalled(key)
+        if owners:
+            await fleet.abort(owners)
 
     def reissue(self, groups: list[Ready], reason: str) -> None:
-        """Buffered groups that can no longer be trained on are sampled anew."""
+        """Buffered groups that can no longer be trained on are sampled anew, once."""
         for group in groups:
-            self.ledger.retry(group.key, reason)
-            self._retries.append((group.key.epoch, group.key.uid))
+            self.retries.record_late(
+                group.key, self.step + 1, self.retries.late(group.key, reason), group.header.lengths
+            )
         self.wake()
 
     def _start(self, work: Any) -> None:

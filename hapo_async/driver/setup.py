@@ -41,8 +41,8 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
     check_early_stopping(config, options)
     if algorithm.offline and config.staleness.force_lag:
         raise ConfigError(
-            f"staleness.force_lag={config.staleness.force_lag} has no meaning with algorithm={config.algorithm!r}: cached answers "
-            "have no age. Set staleness.force_lag=0."
+            f"staleness.force_lag={config.staleness.force_lag} has no meaning with algorithm={config.algorithm!r}: cached "
+            "answers have no age. Set staleness.force_lag=0."
         )
     model_path = data.resolve_model(config.model)
     tokenizer = data.load_tokenizer(model_path)

@@ -54,8 +54,13 @@ class Trained:
     times: StepTimes
 
 
+async def _nothing(version: Version) -> None:
+    pass
+
+
 class Trainer:
-    """Takes batches oldest first, steps, publishes, commits to the ledger. It owns the version."""
+    """Takes batches oldest first, steps, publishes, commits to the ledger. It owns the version. at_publish: awaited with
+    each version after the learner has given it out, before generators get it and before the next step changes it."""
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class Trainer:
         self.stopping = False
         self.enough = False  # the run is to end after this step, as if its data had
         self.expired = self.late = self.truncated = 0  # groups, since the journal last looked
+        self.at_publish: Callable[[Version], Awaitable[None]] = _nothing
         self._bad_steps = 0
         self._in_turn = False
 
@@ -84,24 +90,27 @@ class Trainer:
         """Hands the learner's weights to the fleet under the current version."""
         async with self.turn():
             manifest, refs = await self.learner.publish(self.version)
+            await self.at_publish(self.version)
         self.fleet.publish(manifest, refs)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """The learner's turn on devices that it shares with the generators (``generator.placement=colocated``): they sleep
-        meanwhile, and nothing may be in flight. Elsewhere, and inside another turn, this does nothing."""
+        meanwhile. What is still in flight then (a run that ends early) is recalled. Elsewhere, and inside another turn, this
+        does nothing."""
         if self._in_turn or self.config.generator.placement != "colocated":
             yield
             return
-        self._in_turn = True
+        self._in_turn, held, self.sampler.hold = True, self.sampler.hold, True
         try:
+            await self.sampler.recall(self.fleet)
             await self.fleet.sleep()
             await self.learner.wake()
             yield
             await self.learner.sleep()
             await self.fleet.wake()
         finally:
-            self._in_turn = False
+            self._in_turn, self.sampler.hold = False, held
 
     async def run(self, committed: Callable[[Trained], Awaitable[StepTimes]]) -> None:
         """Steps until train.steps, until the data end, or until ``stopping`` or ``enough``. ``committed`` is awaited after
@@ -119,6 +128,9 @@ class Trainer:
                     continue
                 began = time.monotonic()
                 manifest, refs = await self.learner.publish(self.version)
+                times.sync += time.monotonic() - began
+                await self.at_publish(self.version)
+                began = time.monotonic()
             # Such a run samples nothing beside an evaluation: its batches then never depend on timing.
             self.sampler.hold = self.config.is_timing_free
             self.fleet.publish(manifest, refs)
@@ -211,7 +223,8 @@ class Trainer:
         self.sampler.check()
         self.fleet.check()
         try:
-            await asyncio.wait_for(self.sampler.arrived.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+                await self.sampler.arrived.wait()
         finally:
             self.sampler.check()
             self.fleet.check()

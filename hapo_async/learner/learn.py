@@ -92,6 +92,7 @@ class Learner:
         self.algorithm = algorithms.get(config.algorithm)
         self.options = self.algorithm.resolve(dict(config.options), config)
         self.needs = self.algorithm.requires(self.options)
+        self.correction = config.correction
 
     @property
     def _with_value(self) -> bool:
@@ -102,10 +103,13 @@ class Learner:
     def step(self, plan: StepPlan, minis: Seq[Seq[Sequence]]) -> RankReport:
         """Trains on one step: ``minis`` are this rank's sequences of each mini-batch of ``plan``."""
         started = time.perf_counter()
-        tally, updates, micros = Tally(), [], []
+        tally = Tally()
+        updates: list[Update] = []
+        micros: list[MicroBatch] = []
         for index, part in enumerate(self._mini_batches(plan, minis, tally)):
             for i, (micro, before) in enumerate(zip(part.micros, part.before, strict=True)):
-                loss = self._loss(micro, plan.version.step, part.norm, before, tally)
+                moved = sum(u.applied for u in updates) / len(plan.minis)
+                loss = self._loss(micro, plan.version.step, part.norm, before, tally, moved)
                 self.backend.backward(loss, last=i == len(part.micros) - 1)
                 tally.add_hidden_gradients(micro, self.backend.policy.hidden_grad_squares, self.backend.loss_scale)
             micros += part.micros
@@ -159,9 +163,13 @@ class Learner:
         )
         if "ref_logp" in self.needs:
             batches = self._with_reference_logp(batches, tally)
-        known = prepass.measure(self.backend, batches, self.needs, self.options, self.config.correction)
+        ratio = self.algorithm.rollout.ratio
+        known = prepass.measure(self.backend, batches, self.needs, self.options, self.correction)
         for micros, before, norm in zip(batches, known, plan.normalisers, strict=True):
             full = prepass.complete(self.backend, norm, micros, before, self.needs, self.options)
+            if self.correction.kind == "moment" and ratio != "none":
+                threshold = prepass.m2_threshold(self.backend, micros, before, ratio, self.correction.tau)
+                full = replace(full, m2_threshold=threshold)
             yield MiniBatch(micros, before, full)
 
     def _packed(self, sequences: Seq[Sequence], groups: int) -> list[MicroBatch]:
@@ -193,7 +201,9 @@ class Learner:
             out.append([replace(micro, logp_ref=logp, has_ref=True) for micro, logp in scored])
         return out
 
-    def _loss(self, micro: MicroBatch, step: int, norm: Normaliser, before: Before, tally: Tally) -> torch.Tensor:
+    def _loss(
+        self, micro: MicroBatch, step: int, norm: Normaliser, before: Before, tally: Tally, moved: float = 0.0
+    ) -> torch.Tensor:
         anchors = self._anchors(micro, before, tally)
         wanted = {"entropy": True, "entropy_grad": "entropy" in self.needs, **self._reference_states(micro, tally)}
         topk = None
@@ -207,14 +217,7 @@ class Learner:
         if "value" in self.needs and before.estimate is None:
             before = replace(before, estimate=prepass.estimate(micro, scores, self.options))
         batch = token_batch(micro, scores, step, before, topk)
-        loss, stats = objective(
-            self.algorithm,
-            self.options,
-            batch,
-            norm,
-            correction=self.config.correction,
-            cap=self.config.staleness.options.get("cap", 2.0),
-        )
+        loss, stats = objective(self.algorithm, self.options, batch, norm, correction=self.correction, moved=moved)
         tally.add(stats)
         tally.add_batch(batch, micro)
         # A loss that is not finite poisons the gradient, whose norm is agreed on by all ranks anyway: no rank steps.

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hapo_async import preference, reduction
+from hapo_async import preference, reduction, staleness
 from hapo_async.batch import MicroBatch
+from hapo_async.corrections import Settings
 from hapo_async.learner import critic
 from hapo_async.learner.backend import Backend
 from hapo_async.learner.policy import Scores, split
 from hapo_async.reduction import Normaliser
+from hapo_async.terms import Ratio
 from hapo_async.upge import Options, TokenBatch
 
 
@@ -33,10 +35,10 @@ class Before:
 
 
 def measure(
-    backend: Backend, batches: Seq[Seq[MicroBatch]], needs: frozenset[str], options: Options, correction: str
+    backend: Backend, batches: Seq[Seq[MicroBatch]], needs: frozenset[str], options: Options, correction: Settings
 ) -> list[list[Before]]:
-    """One ``Before`` per micro-batch of each mini-batch. correction: of ``hapo_async.staleness``."""
-    proximal = "prox" in needs and correction != "clip"  # clip puts the behaviour policy in its place
+    """One ``Before`` per micro-batch of each mini-batch."""
+    proximal = "prox" in needs and correction.recomputes
     entropy = bool(needs & {"capacity", "entropy_threshold"})
     first_too = "entropy_threshold" in needs or {"value", "topk"} <= needs
     start = (0 if first_too else 1) if proximal or entropy or "value" in needs else len(batches)
@@ -89,6 +91,25 @@ def complete(
     if "log_ratio_mean" in needs:
         norm = replace(norm, log_ratio_mean=_log_ratio_mean(backend, micros))
     return norm
+
+
+@torch.no_grad()
+def m2_threshold(backend: Backend, micros: Seq[MicroBatch], before: Seq[Before], ratio: Ratio, tau: float) -> float:
+    """M2PO's threshold over a mini-batch on all ranks, right before its update: from the proximal policy's log-probs,
+    scored now where the step starts with this mini-batch; from the policy's own, scored now, where the term forms no
+    ratio to the proximal policy."""
+    sizes = []
+    for micro, known in zip(micros, before, strict=True):
+        scored = known.logp is None or ratio in ("weight", "behaviour")
+        logp = score(backend, micro).logp if scored else known.logp
+        if micro.is_real:
+            assert logp is not None
+            batch = TokenBatch(
+                logp=logp, logp_behave=micro.logp_behave, is_teacher=micro.is_teacher, sequence=micro.sequence
+            )
+            sizes.append(staleness.log_ratios(batch, ratio))
+    mine = torch.cat(sizes) if sizes else torch.zeros(0, device=backend.device)
+    return staleness.m2_threshold(backend.gather(mine.to(micros[0].advantage.dtype)), tau)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hapo_async import staleness
 from hapo_async.batch import MicroBatch
 from hapo_async.types import SUCCESS
 from hapo_async.upge import Mean, TokenBatch
@@ -40,11 +41,15 @@ class Tally:
         self._parts: dict[str, list[torch.Tensor]] = {}  # pairs of (sum, weight), flat
         self._maxima: dict[str, list[torch.Tensor]] = {}
         self._moments: dict[str, list[torch.Tensor]] = {}
+        self._tables: list[torch.Tensor] = []
         self.reference_bytes = 0
 
     def add(self, stats: Mapping[str, Mean]) -> None:
         """Adds an objective's stats."""
         for name, mean in stats.items():
+            if name == staleness.MOMENTS:
+                self._tables.append(mean.sum)
+                continue
             self._parts.setdefault(name, []).extend(mean)
 
     def add_batch(self, batch: TokenBatch, micro: MicroBatch) -> None:
@@ -86,6 +91,8 @@ class Tally:
         flat = [x.double() for parts in self._parts.values() for x in parts]
         flat += [torch.stack(values).max().double() for values in self._maxima.values()]
         flat += [torch.stack([v.double() for v in values]).sum() for values in self._moments.values()]
+        if self._tables:
+            flat += torch.stack(self._tables).sum(0).flatten().unbind()
         numbers = iter(torch.stack(flat).tolist() if flat else [])
         means = {}
         for name, parts in self._parts.items():
@@ -93,6 +100,7 @@ class Tally:
             means[name] = (math.fsum(p[0] for p in pairs), math.fsum(p[1] for p in pairs))
         tops = {name: next(numbers) for name in self._maxima}
         moments = {name: next(numbers) for name in self._moments}
+        moments |= {f"{staleness.MOMENTS}/{i}": number for i, number in enumerate(numbers)}
         return RankReport(means, dict(sums), {**tops, **maxima}, dict(shared), moments)
 
 
@@ -130,4 +138,5 @@ def _derive(moments: Mapping[str, float]) -> dict[str, float]:
     variance = squares / n - (total / n) ** 2 if n else 0.0
     if variance > 1e-12:
         out["critic/explained_variance"] = 1 - (error_squares / n - (errors / n) ** 2) / variance
-    return out
+    tables = [value for name, value in moments.items() if name.startswith(staleness.MOMENTS)]
+    return out | staleness.metrics(tables)

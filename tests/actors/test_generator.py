@@ -116,7 +116,7 @@ def stats(served) -> dict:
 
 
 def wait_for_tokens(served, more: int = 1) -> None:
-    """Until some answers moved on: on vLLM, until some ended."""
+    """Until some answers moved on."""
     goal, end = stats(served)["tokens"] + more, time.monotonic() + DEADLINE_S
     while stats(served)["tokens"] < goal:
         assert time.monotonic() < end
@@ -230,12 +230,26 @@ def test_greedy_answers_are_those_of_the_plain_model(served):
     assert group.temperature == 1.0
 
 
+def test_one_call_submits_and_collects(served):
+    (asked,) = requests("alone", 1, n=2, max_tokens=9)
+    header, group = get(served, list(served.actor.sample.remote(asked)))
+    assert header.key == group.key == asked.key and header.lengths == tuple(a.length for a in group.answers)
+    assert errors(served, [group]) < 1e-4
+    with pytest.raises(Exception, match="unknown"):  # handed out once
+        get(served, served.actor.collect.remote(asked.key)[0])
+
+
 def test_truncated_groups_come_back_as_they_are(served):
     asked = requests("truncate", 8, n=8)
     get(served, served.actor.submit.remote(asked))
-    get(served, served.actor.truncate.remote([r.key for r in asked]))
+    wait_for_tokens(served, 64)
+    told = get(served, served.actor.truncate.remote([r.key for r in asked] + [GroupKey(5, "nobody", 0)]))
     groups = collect(served, asked)
     answers = [a for g in groups for a in g.answers]
+    assert set(told) == {r.key for r in asked}
+    for group in groups:  # an answer that had no token yet gets one; vLLM's may have run on by one meanwhile
+        assert all(0 <= a.length - n <= 1 for a, n in zip(group.answers, told[group.key], strict=True))
+    assert sum(map(sum, told.values())) >= 64
     assert all(1 <= a.length < LONGEST - 100 for a in answers)
     cut = [a for a in answers if a.tokens[-1] != 1]
     assert cut and {a.finish_reason for a in cut} == {"length"}
@@ -247,13 +261,85 @@ def test_aborted_groups_are_forgotten(served):
     get(served, served.actor.submit.remote(asked))
     waiting, _ = served.actor.collect.remote(asked[0].key)
     time.sleep(0.05)
-    get(served, served.actor.abort.remote([r.key for r in asked[:5]]))
+    wait_for_tokens(served, 24)
+    told = get(served, served.actor.abort.remote([r.key for r in asked[:5]] + [GroupKey(5, "nobody", 0)]))
+    assert set(told) == {r.key for r in asked[:5]} and all(len(lengths) == 4 for lengths in told.values())
+    assert max(map(max, told.values())) > 0
     with pytest.raises(served.ray.exceptions.RayTaskError, match="aborted"):
         get(served, waiting)
     with pytest.raises(served.ray.exceptions.RayTaskError, match="abort-1/0 is not here"):
         get(served, served.actor.collect.remote(asked[1].key)[0])
     assert len(collect(served, asked[5:])) == 1
     assert stats(served)["running_sequences"] == stats(served)["running_groups"] == 0
+
+
+def test_tokens_are_counted_while_answers_are_being_made(served):
+    (asked,) = requests("moving", 1, n=1, max_tokens=190)
+    for attempt in range(20):  # until an answer is long
+        asked = GroupRequest(asked.key._replace(attempt=attempt), asked.prompt_tokens, asked.sampling)
+        before, seen = stats(served)["tokens"], set()
+        get(served, served.actor.submit.remote([asked]))
+        while (now := stats(served))["running_groups"]:
+            seen.add(now["tokens"] - before)
+        (group,) = collect(served, [asked])
+        assert stats(served)["tokens"] - before == group.answers[0].length >= max(seen, default=0)
+        if len(seen - {0, group.answers[0].length}) > 2:
+            return
+    pytest.fail("no count was ever seen between the first token and the last")
+
+
+# ---------------------------------------------------------------- scores and sleep
+
+
+def pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(7)
+    return [(rng.integers(2, 100, 3 + 9 * i), rng.integers(2, 100, 70 - 8 * i)) for i in range(count)]
+
+
+def score_error(served, scored: tuple[Version, list[np.ndarray]]) -> float:
+    version, found = scored
+    worst = 0.0
+    for (prompt, tokens), logp_T in zip(pairs(len(found)), found, strict=True):
+        span = (VersionSpan(version, 0, len(tokens)),)
+        answer = Answer(0, (Segment(Source.POLICY, tokens, np.zeros(len(tokens), np.float32), span),), "stop")
+        assert logp_T.dtype == np.float32 and logp_T.shape == tokens.shape
+        worst = max(worst, np.abs(logp(served.models[version], prompt, answer) - logp_T).max())
+    return worst
+
+
+def test_scores_equal_a_plain_forward_and_are_of_one_version_while_weights_change(served):
+    asked = requests("scored", 12)
+    get(served, served.actor.submit.remote(asked))
+    repeated = [served.actor.score.remote(pairs(6)) for _ in range(2)]  # the second finds the first in a prefix cache
+    install(served, 4)
+    after = served.actor.score.remote(pairs(6))
+    scored = get(served, [*repeated, after])
+    assert scored[2][0] == Version(1, 4)
+    assert max(score_error(served, s) for s in scored) < 1e-4
+    assert score_error(served, (Version(0, 0), scored[2][1])) > 0.1  # the check above can tell versions apart
+    assert errors(served, collect(served, asked)) < 1e-4
+    too_long = [(np.arange(5), np.full(5000, 7))]
+    with pytest.raises(served.ray.exceptions.RayTaskError, match=r"to be scored.*exceed"):
+        get(served, served.actor.score.remote(too_long))
+
+
+def test_a_sleeping_generator_takes_weights_and_no_work(served):
+    asked = requests("asleep", 3)
+    get(served, served.actor.submit.remote(asked))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="groups are in"):
+        get(served, served.actor.sleep.remote())
+    collect(served, asked)
+    get(served, served.actor.sleep.remote())
+    install(served, 5)
+    for call in (served.actor.submit.remote(requests("refused", 1)), served.actor.score.remote(pairs(1))):
+        with pytest.raises(served.ray.exceptions.RayTaskError, match="asleep"):
+            get(served, call)
+    get(served, served.actor.wake.remote())
+    get(served, served.actor.submit.remote(requests("awake", 2, max_tokens=30)))
+    groups = collect(served, requests("awake", 2))
+    assert {s.version for g in groups for a in g.answers for s in a.spans} == {Version(1, 5)}
+    assert errors(served, groups) < 1e-4
+    assert score_error(served, get(served, served.actor.score.remote(pairs(2)))) < 1e-4
 
 
 def test_unknown_collected_and_repeated_keys_are_clear_errors(served):

@@ -211,7 +211,7 @@ def _lose(ray, learner, config, steps, number: int, says: str) -> None:
     """Sends the last rank a signal: the next step is a RunError in time, and so is every later call."""
     last = len(learner.ranks) - 1
     learner.config = config
-    os.kill(ray.get(learner.ranks[last].ping.remote()), number)
+    os.kill(ray.get(learner.ranks[last].ping.remote())["pid"], number)
     began = time.monotonic()
     with pytest.raises(RunError, match=f"learner rank {last}.*{says}"):
         _train(ray, learner, config, steps, 0, 1)

@@ -46,8 +46,12 @@ def test_groups_are_judged_by_reference_and_in_order(ray_session, actor):
 
 
 def test_each_group_may_name_its_verifier(ray_session, actor):
-    out = ray_session.get(actor.judge.remote(group_of("A: 2"), "", 2, "boxed"), timeout=120)
-    assert [j.verdict for j in out] == [Verdict.UNPARSEABLE]
+    judging = actor.judge.remote(group_of("A: 2"), "", 2, "boxed")
+    # Its worker takes a while to start; the actor answers meanwhile.
+    assert ray_session.get(actor.stats.remote(), timeout=60)["waiting"] == 1
+    assert [j.verdict for j in ray_session.get(judging, timeout=120)] == [Verdict.UNPARSEABLE]
+    stats = ray_session.get(actor.stats.remote(), timeout=60)
+    assert (stats["waiting"], stats["judged"]) == (0, 1)
 
 
 def test_workers_die_with_a_killed_actor(ray_session):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from fractions import Fraction
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from hapo_async import advantage, algorithms, checkpoint, gate
+from hapo_async.driver import barren as barrens
 from hapo_async.driver.barren import Barren
 from hapo_async.driver.run import _Run
 from hapo_async.driver.setup import Prepared
 from hapo_async.driver.training import choose_likeliest
-from hapo_async.errors import RunError
+from hapo_async.errors import ConfigError, RunError
 from hapo_async.group_stats import of_groups
 from hapo_async.rollouts import describe
 from hapo_async.types import Answer, Group, GroupKey, Judgement, Segment, Source, Teacher, Verdict, Version, VersionSpan
@@ -112,7 +114,8 @@ def test_a_checkpoint_carries_the_gates_evidence(tmp_path):
         run = _Run(prepared, folder, SimpleNamespace(), resumed, loop.sampler.stream)
         run._build_flow()
         run.learner = Learner()
-        run.trainer = SimpleNamespace(version=Version(1, 3))
+        run.trainer = SimpleNamespace(version=Version(1, 3), turn=contextlib.nullcontext)
+        run.journal = SimpleNamespace(settle=lambda: asyncio.sleep(0))
         return run
 
     async def scenario():
@@ -163,7 +166,8 @@ def test_the_last_batch_is_what_the_filter_left():
     assert loop.ledger.dropped_reasons == {"zero_variance": 15}
 
 
-def test_data_without_any_variance_stop_the_run_and_say_why():
+def test_data_without_any_variance_stop_the_run_and_say_why(monkeypatch):
+    monkeypatch.setattr(barrens, "ONE_SIDED", (8, 64))
     with pytest.raises(RunError, match=r"'zero_variance'.*all right or all wrong.*larger sampling\.n"):
         run(
             prompts=50,
@@ -171,6 +175,35 @@ def test_data_without_any_variance_stop_the_run_and_say_why():
             judges=StandInJudges(right=lambda uid, i: False),
             train={"steps": 5, "batch_prompts": 8},
         )
+
+
+def test_groups_outside_the_band_are_refilled_and_a_band_without_any_group_stops_the_run(monkeypatch):
+    monkeypatch.setattr(barrens, "ONE_SIDED", (8, 64))
+    # The number of right answers among four is that of the prompt, from 0 to 4.
+    judges = StandInJudges(right=lambda uid, i: i < int(uid[1:]) % 5)
+    tree = {
+        "prompts": 200,
+        "judges": judges,
+        "sampling": {"n": 4, "max_tokens": 8},
+        "train": {"steps": 5, "batch_prompts": 4},
+    }
+    loop = run(options={"band_low": 0.25, "band_high": 0.5}, **tree)
+    assert [len(step) for step in loop.steps] == [4] * 5
+    assert {int(g.key.uid[1:]) % 5 for g in groups_of(loop)} == {1, 2}
+    assert set(loop.ledger.dropped_reasons) == {"outside_band"}
+    assert loop.ledger.dropped_reasons["outside_band"] > 20
+    with pytest.raises(RunError, match=r"'outside_band'.*options\.band_low.*Widen"):
+        run(options={"band_low": 1.5}, **{**tree, "prompts": 50})
+    with pytest.raises(ConfigError, match=r"options\.band_low=0\.8 is above options\.band_high=0\.2"):
+        run(options={"band_low": 0.8, "band_high": 0.2}, **tree)
+
+
+def test_filters_share_their_bound():
+    barren = Barren(batch_prompts=4, prompts=10)
+    for number in range(4096):
+        barren.dropped("zero_variance" if number % 2 else "outside_band", [WRONG])
+    with pytest.raises(RunError, match="4097 groups in a row"):
+        barren.dropped("outside_band", [WRONG])
 
 
 def test_groups_without_variance_do_not_count_as_a_failing_verifier():

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
+from scipy import stats
 
 from actors.calls import CallFailed
 from hapo_async.driver import fleet as fleets
 from hapo_async.errors import RunError
 from hapo_async.types import Verdict
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInJudges, StandInLearner
+from tests.virtual_time import Clock
 
 FAST = {"generator": {"deadline_s": 5.0}, "staleness": {"late_deadline_s": 0.05}, "weights": {"deadline_s": 2.0}}
 
@@ -29,26 +32,47 @@ def trained_once(loop: Loop) -> int:
     return len(keys)
 
 
-@pytest.mark.parametrize("eta", [0, 1, 4])
-def test_slow_generators_skipped_steps_and_lagging_installs_keep_the_bound(eta):
-    async def scenario():
-        rng = random.Random(eta)
-        speeds = (0.001, 0.004, 0.012)
-        generators = [StandInGenerator(f"g{i}", lambda key, s=s: rng.expovariate(1 / s)) for i, s in enumerate(speeds)]
-        for generator in generators:
-            generator.install_s = 0.003
-        tree = {**FAST, "staleness": {"late_deadline_s": 5.0}, "max_staleness": eta, "learner": {"max_bad_steps": 50}}
-        loop = Loop(
-            generators, prompts=400, trains=StandInLearner(0.05), train={"steps": 60, "batch_prompts": 6}, **tree
-        )
-        await loop.run()
-        return loop
+class HeavyTailed(StandInGenerator):
+    """Answers whose lengths belong to the prompt, Pareto distributed; ``token_s`` seconds for each of their tokens."""
 
-    loop = asyncio.run(scenario())
-    assert loop.trainer.version.step == 60
+    def __init__(self, name: str, token_s: float) -> None:
+        super().__init__(name, lambda key: token_s * self.tokens(key.uid))
+        self.install_s = 0.02
+
+    @staticmethod
+    def tokens(uid: str) -> int:
+        return min(400, int(4 / random.Random(uid).random() ** (1 / 1.2)))
+
+    def _header(self, request, version, reason="stop"):
+        return replace(super()._header(request, version, reason), lengths=(self.tokens(request.key.uid),) * 2)
+
+
+@pytest.mark.parametrize("eta", [0, 1, 4])
+def test_slow_generators_heavy_tails_skipped_steps_and_lagging_installs_keep_the_bound(eta, monkeypatch):
+    steps, size = 500, 3
+
+    async def scenario():
+        generators = [HeavyTailed(f"g{factor}", 0.001 * factor) for factor in (1, 2, 5)]
+        tree = {**FAST, "staleness": {"late": "wait"}, "max_staleness": eta, "learner": {"max_bad_steps": 50}}
+        tree |= {"generator": {"deadline_s": 60.0}, "train": {"steps": steps, "batch_prompts": size}}
+        loop = Loop(generators, prompts=1700, trains=StandInLearner(0.05, step_s=0.02), **tree)
+        await loop.run(limit_s=3600.0)
+        return loop, generators
+
+    loop, generators = Clock(monkeypatch).run(scenario())
+    assert loop.trainer.version.step == steps
     assert min(loop.ages) >= 0 and max(loop.ages) <= eta
-    assert trained_once(loop) == 360
-    assert loop.ledger.dropped_reasons["skipped_step"] > 0
+    assert eta == 0 or max(loop.ages) == eta, "nothing was ever as old as it may be: the bound was not tried"
+    assert trained_once(loop) == steps * size
+    skipped = loop.ledger.dropped_reasons["skipped_step"]
+    assert 10 * size < skipped < 45 * size
+    assert all(len(g.issued) > 100 for g in generators), "a generator was hardly used"
+    issued = [HeavyTailed.tokens(key.uid) for g in generators for key in g.issued]
+    trained = [group.header.lengths[0] for groups in loop.steps for group in groups]
+    assert len(issued) == len(trained) + skipped + loop.ledger.counts()["in_flight"] + len(loop.buffer)
+    assert stats.ks_2samp(issued, trained).pvalue > 0.5, "long answers were trained less often than short ones"
+    long = [sum(length > 64 for length in lengths) / len(lengths) for lengths in (issued, trained)]
+    assert long[1] == pytest.approx(long[0], rel=0.15)
 
 
 def test_the_rest_of_the_data_is_trained_as_a_partial_batch():

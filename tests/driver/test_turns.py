@@ -140,3 +140,35 @@ def test_a_late_group_is_waited_for_where_nothing_may_be_cut(late):
     assert loop.trainer.truncated == (0 if late == "wait" else 1)
     (group,) = [g for groups in loop.steps for g in groups if g.key.uid == "p007"]
     assert set(group.header.finish_reasons) == {"stop" if late == "wait" else "length"}
+
+
+def test_what_is_in_flight_when_a_run_stops_is_recalled_for_the_last_turn():
+    async def scenario() -> Loop:
+        generator = StandInGenerator("g", lambda key: 5.0 if key.uid > "p004" else 0.001)
+        loop = Loop(
+            [generator],
+            prompts=12,
+            max_staleness=0,
+            generator={"placement": "colocated"},
+            train={"steps": 5, "batch_prompts": 4},
+            data={"shuffle": False, "epochs": 1},
+        )
+
+        async def stop_in_the_second_step() -> None:
+            while loop.trainer.version.step < 1 or not loop.sampler.flights:
+                await asyncio.sleep(0.002)
+            loop.trainer.stopping = True
+            loop.sampler.wake()
+
+        stopper = asyncio.create_task(stop_in_the_second_step())
+        await loop.run()
+        await stopper
+        in_flight = loop.ledger.counts()["in_flight"]
+        assert in_flight > 0
+        async with loop.trainer.turn():
+            assert generator.asleep and not loop.sampler.flights
+        assert loop.ledger.counts()["in_flight"] == 0 and loop.ledger.to_retry >= in_flight
+        assert loop.ledger.untrained == loop.ledger.counts()["buffered"] + loop.ledger.to_retry
+        return loop
+
+    asyncio.run(scenario()).ledger.check()

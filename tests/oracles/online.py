@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from tests.oracles.corrections import CORRECTION, log_ref, weight
 from tests.oracles.plain import (
     INF,
     NAN,
@@ -23,36 +24,8 @@ from tests.oracles.plain import (
 Options = dict[str, Any]
 Rule = Callable[[Plain, Sequence, int, Options], Term]
 
-CORRECTION: Options = {"correction": "off", "cap": 2.0}
 PENALTY: Options = {"kl_coef": 0.0, "kl": "k3", "kl_where": "all"}
 COMMON: Options = {"entropy_coef": 0.0, "l_max": 1024.0} | CORRECTION | PENALTY
-
-
-# ------------------------------------------------------------------------------------------------- staleness (section 5)
-
-
-def behave(b: Plain, i: int) -> float:
-    """The behaviour log-prob, NaN where it is missing or no number."""
-    x = NAN if b.logp_behave is None else b.logp_behave[i]
-    return x if math.isfinite(x) else NAN
-
-
-def denominator(b: Plain, i: int, o: Options, own_ratio: bool = False) -> float:
-    """log_ref of the ratio: the proximal policy, or the behaviour policy under bypass and for CISPO's own bound."""
-    bypass = o["correction"] == "clip" or (own_ratio and o["correction"] != "off")
-    return behave(b, i) if bypass and not math.isnan(behave(b, i)) else b.prox(i)
-
-
-def importance(b: Plain, s: Sequence, i: int, o: Options, level: str = "token") -> float:
-    """w = min(exp(lp - lb), C) of a token, or the geometric mean over its response; a broken lb makes a token's 1."""
-    if o["correction"] != "tis":
-        return 1.0
-    if level == "sequence":
-        gaps = [0.0 if math.isnan(x := behave(b, t)) else clamp(b.prox(t) - x, -20, 20) for t in s.tokens]
-        return min(math.exp(sum(gaps) / len(gaps)), o["cap"])
-    if math.isnan(behave(b, i)):
-        return 1.0
-    return min(math.exp(clamp(b.prox(i) - behave(b, i), -20, 20)), o["cap"])
 
 
 # ------------------------------------------------------------------------------------------------------------ token rules
@@ -65,8 +38,8 @@ def clipped(x: float, dx: float, a: float, low: float, high: float) -> tuple[flo
 
 
 def ppo_with(b: Plain, s: Sequence, i: int, o: Options, a: float) -> Term:
-    rho, slope = bounded_ratio(b.logp[i] - denominator(b, i, o))
-    w = importance(b, s, i, o)
+    rho, slope = bounded_ratio(b.logp[i] - log_ref(b, i, o, "clipped"))
+    w = weight(b, s, i, o, "clipped")
     if not o.get("clip", True):
         return Term(rho * a, slope * a).times(w)
     low, high = 1 - o["eps"], 1 + (o["eps"] if o["eps_high"] is None else o["eps_high"])
@@ -78,26 +51,23 @@ def ppo_token(b: Plain, s: Sequence, i: int, o: Options) -> Term:
 
 
 def reinforce_token(b: Plain, s: Sequence, i: int, o: Options) -> Term:
-    """A l; a correction weighs by the ratio to the behaviour policy, detached and capped."""
-    a = b.advantage[i]
-    w = 1.0
-    if o["correction"] != "off" and not math.isnan(behave(b, i)):
-        w = min(math.exp(clamp(b.logp[i] - behave(b, i), -20, 20)), o["cap"])
+    """A l; a correction weighs by the ratio to the behaviour policy, detached."""
+    a, w = b.advantage[i], weight(b, s, i, o, "score")
     return Term(w * a * b.logp[i], w * a)
 
 
 def cispo_token(b: Plain, s: Sequence, i: int, o: Options) -> Term:
     """sg(clip(rho)) A l with one bound, on the log-ratio."""
-    gap = b.logp[i] - denominator(b, i, o, own_ratio=True)
-    held = math.exp(clamp(gap, -20, math.log(o["c"])))
+    gap = b.logp[i] - log_ref(b, i, o, "bounded")
+    held = math.exp(clamp(gap, -20, math.log(o["c"]))) * weight(b, s, i, o, "bounded")
     return Term(held * b.advantage[i] * b.logp[i], held * b.advantage[i])
 
 
 def gspo_token(b: Plain, s: Sequence, i: int, o: Options) -> Term:
     """min(s A, clip(s) A); s moves with every token of the response by s/|y|, which the reduction sums up to s here."""
-    gap = sum(b.logp[t] - denominator(b, t, o) for t in s.tokens) / len(s.tokens)
+    gap = sum(b.logp[t] - log_ref(b, t, o, "sequence") for t in s.tokens) / len(s.tokens)
     ratio, slope = bounded_ratio(gap)
-    a, w = b.advantage[i], importance(b, s, i, o, "sequence")
+    a, w = b.advantage[i], weight(b, s, i, o, "sequence")
     if not o.get("clip", True):
         return Term(ratio * a, slope * a).times(w)
     return Term(*clipped(ratio, slope, a, 1 - o["eps"], 1 + o["eps_high"])).times(w)
@@ -107,7 +77,7 @@ def anchored_with(b: Plain, s: Sequence, i: int, o: Options, a: float) -> Term:
     """APO: r = lam rho - beta r_a where A < 0, r_a = sum_k pi(k) / sum_k ref(k) over the kept ids."""
     if a >= 0:
         return ppo_with(b, s, i, o, a)
-    rho, slope = bounded_ratio(b.logp[i] - denominator(b, i, o))
+    rho, slope = bounded_ratio(b.logp[i] - log_ref(b, i, o, "clipped"))
     r_a, by_id = (0.0, []) if o["beta"] == 0 or b.topk_logp is None else pull(b, i, o)
     lam, beta, low, high = o["lam"], o["beta"], 1 - o["eps"], 1 + (o["eps"] if o["eps_high"] is None else o["eps_high"])
     if not o.get("clip", True):
@@ -120,7 +90,7 @@ def anchored_with(b: Plain, s: Sequence, i: int, o: Options, a: float) -> Term:
         j = min(r * a, clamp(r, low, high) * a)
         moves = pulls = r >= low
     more = {"topk_logp": [-beta * a * d if pulls else 0.0 for d in by_id]} if by_id else {}
-    return Term(j, lam * slope * a if moves else 0.0, more).times(importance(b, s, i, o))
+    return Term(j, lam * slope * a if moves else 0.0, more).times(weight(b, s, i, o, "clipped"))
 
 
 def pull(b: Plain, i: int, o: Options) -> tuple[float, list[float]]:
