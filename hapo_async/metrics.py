@@ -123,7 +123,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     # Buffer and weights
     ("buffer/fill", "share", "Filled share of the buffer when the step began."),
     ("buffer/groups", "groups", "Groups in the buffer when the step began."),
-    ("buffer/blocked_s", "s", "Finished groups waited for room in the buffer."),
+    ("buffer/blocked_s", "s", "The staleness bound held generators back while a full batch waited for the learner."),
     ("weights/version", "step", "Version published at the end of the step."),
     ("weights/version/{generator}", "step", "Version that a generator serves."),
     ("weights/lag", "steps", "Published version minus the served one; worst generator."),

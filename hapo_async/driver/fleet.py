@@ -91,6 +91,7 @@ class Fleet:
         self.generators = generators
         self.changed = changed
         self.on_installed: list[Installed] = []
+        self.failed_installs = 0  # since the journal last looked
         self._calls = Calls()
         self._newest: tuple[Manifest, Sequence[Any]] | None = None
         self._installers: dict[str, asyncio.Task[None]] = {}
@@ -338,6 +339,7 @@ class Fleet:
             )
         except CallFailed as error:
             generator.failures += 1
+            self.failed_installs += 1
             log.warning("%s keeps serving %s: %s", generator.name, generator.installed, error)
             if error.gone or generator.failures >= INSTALL_TRIES:
                 self.mark_failed(generator, CallFailed(generator.name, str(error), gone=True))

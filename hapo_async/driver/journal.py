@@ -144,8 +144,10 @@ class Journal:
             "throughput/groups_per_s": len(trained.groups) / seconds,
             **per_generator,
             "time/wait_for_weights_s": float(np.mean(idle)) if idle else 0.0,
+            "buffer/blocked_s": tally.blocked_s,
             "buffer/groups": len(trainer.buffer),
             "buffer/fill": len(trainer.buffer) / trainer.buffer.capacity,
+            "weights/failed": self.fleet.failed_installs,
             "weights/version": trained.step,
             "weights/lag": max(lags.values(), default=0),
             **{f"weights/version/{g.name}": g.installed.step for g in alive if g.installed},
@@ -161,7 +163,7 @@ class Journal:
             **{f"verify/{v}": tally.verdicts.get(v, 0) for v in ("unparseable", "timeout", "oom", "crash")},
             **ledger,
         }
-        trainer.expired = trainer.late = trainer.truncated = 0
+        trainer.expired = trainer.late = trainer.truncated = self.fleet.failed_installs = 0
         if tally.verify_s:
             out["time/verify_s"] = float(np.mean(tally.verify_s))
         if tally.generate_s:

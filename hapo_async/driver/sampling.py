@@ -46,13 +46,15 @@ class Flight:
 
 @dataclass
 class Tally:
-    """What happened since the last learner step; ``take`` hands it over and starts afresh."""
+    """What happened since the last learner step; ``take`` hands it over and starts afresh. blocked_s: the bound held
+    generators back while a full batch waited for the learner."""
 
     generated_tokens: int = 0
     generate_s: list[float] = field(default_factory=list)
     verify_s: list[float] = field(default_factory=list)
     verdicts: dict[str, int] = field(default_factory=dict)
     late: int = 0
+    blocked_s: float = 0.0
     late_lengths: Counter[str] = field(default_factory=Counter)
 
 
@@ -93,9 +95,11 @@ class Sampler:
         self.arrived = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._mean_length = config.sampling.max_tokens / 2
+        self._blocked_since: float | None = None
         self._error: BaseException | None = None
 
     def take_tally(self) -> Tally:
+        self._clock_the_bound()
         tally, self.tally = self.tally, Tally()
         tally.late_lengths, self.retries.late_lengths = self.retries.late_lengths, Counter()
         return tally
@@ -124,9 +128,17 @@ class Sampler:
                     self._issue_demonstrations()
                 else:
                     self._issue(fleet, judges)
+            self._clock_the_bound()
             if self.drained:
                 self.arrived.set()  # whoever waits for a full batch must make do with what is left
             await self.changed.wait()
+
+    def _clock_the_bound(self) -> None:
+        now, wanted = time.monotonic(), self.config.train.batch_prompts
+        if self._blocked_since is not None:
+            self.tally.blocked_s += now - self._blocked_since
+        is_full = self._untrained >= (self.config.max_staleness + 1) * wanted and len(self.buffer) >= wanted
+        self._blocked_since = now if is_full and not self.hold else None
 
     def _issue(self, fleet: Fleet, judges: Judges) -> None:
         """Gives every free place a prompt, each time to the generator with the fewest tokens outstanding."""

@@ -75,6 +75,11 @@ def _quadrants(title: str, family: str) -> Chart:
     return Chart(title, tuple((f"{family}/{quadrant}", label, color) for quadrant, label, color in names))
 
 
+def _by_age(title: str, family: str, floor: float | None = 0.0) -> Chart:
+    ages = ("0", "1", "2", "3", "4-7", "8+")
+    return Chart(title, tuple((f"staleness/{a}/{family}", f"age {a}", i) for i, a in enumerate(ages)), floor)
+
+
 THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Groups and answers",
@@ -141,11 +146,32 @@ THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             _one("Gradient norm", "policy/grad_norm"),
             _one("Clipped tokens", "policy/clip_frac"),
             _one("Divergence from the reference", "policy/ref_kl"),
-            _one("Behaviour mismatch (KL)", "policy/mismatch_kl"),
-            _one("Effective sample size", "policy/ess", None),
             _one("Value of the critic", "critic/value_mean", None),
             _one("Variance that the critic explains", "critic/explained_variance", None),
             _one("Learning rate", "policy/lr"),
+        ),
+    ),
+    (
+        "Old tokens",
+        (
+            _by_age("Policy tokens by age", "frac"),
+            _by_age("KL, behaviour to proximal policy", "kl", None),
+            _by_age("Effective sample size of the weights", "ess", None),
+            _by_age("Clipped tokens by age", "clip_frac"),
+            Chart(
+                "KL at all ages, and at equal weights",
+                (
+                    ("policy/mismatch_kl", "all ages", 0),
+                    ("policy/mismatch_kl_equal", "sampled by these weights", 1),
+                    ("canary/kl", "canary", 3),
+                ),
+                None,
+            ),
+            _one("Tokens with weight 0", "policy/masked_frac"),
+            Chart(
+                "Groups too old, and waited for",
+                (("staleness/late", "waited for", 0), ("staleness/truncated", "cut", 2), ("staleness/dropped", "dropped", 3)),
+            ),
         ),
     ),
     (

@@ -116,6 +116,7 @@ def test_a_checkpoint_carries_the_gates_evidence(tmp_path):
         run.learner = Learner()
         run.trainer = SimpleNamespace(version=Version(1, 3), turn=contextlib.nullcontext)
         run.journal = SimpleNamespace(settle=lambda: asyncio.sleep(0))
+        run.watchdog = SimpleNamespace(during=contextlib.nullcontext)
         return run
 
     async def scenario():

@@ -172,3 +172,20 @@ def test_what_is_in_flight_when_a_run_stops_is_recalled_for_the_last_turn():
         return loop
 
     asyncio.run(scenario()).ledger.check()
+
+
+def test_time_that_the_bound_holds_generators_back_is_measured_while_the_learner_is_the_slow_side():
+    async def scenario(step_s: float, sample_s: float) -> float:
+        loop = Loop(
+            [StandInGenerator("g", lambda key: sample_s)],
+            prompts=60,
+            trains=StandInLearner(step_s=step_s),
+            max_staleness=1,
+            train={"steps": 6, "batch_prompts": 4},
+        )
+        await loop.run()
+        return loop.sampler.take_tally().blocked_s
+
+    slow_learner = asyncio.run(scenario(0.05, 0.001))
+    slow_generator = asyncio.run(scenario(0.0, 0.05))
+    assert slow_learner > 0.1 > slow_generator
