@@ -8,7 +8,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
 from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.driver.flights import Flight, Tally
 from hapo_async.driver.intake import Intake
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.offline import Offline
@@ -29,33 +29,6 @@ from hapo_async.ledger import Ledger
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Flight:
-    """A group between issue and buffer. step: the version step it was issued under, a lower bound of its age. lengths: of
-    its answers [tokens], once they are complete."""
-
-    prompt: Prompt
-    generator: str
-    step: int
-    started: float
-    stage: str = "generating"
-    lengths: tuple[int, ...] | None = None
-
-
-@dataclass
-class Tally:
-    """What happened since the last learner step; ``take`` hands it over and starts afresh. blocked_s: the bound held
-    generators back while a full batch waited for the learner."""
-
-    generated_tokens: int = 0
-    generate_s: list[float] = field(default_factory=list)
-    verify_s: list[float] = field(default_factory=list)
-    verdicts: dict[str, int] = field(default_factory=dict)
-    late: int = 0
-    blocked_s: float = 0.0
-    late_lengths: Counter[str] = field(default_factory=Counter)
 
 
 class Sampler:

@@ -170,7 +170,11 @@ THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             _one("Tokens with weight 0", "policy/masked_frac"),
             Chart(
                 "Groups too old, and waited for",
-                (("staleness/late", "waited for", 0), ("staleness/truncated", "cut", 2), ("staleness/dropped", "dropped", 3)),
+                (
+                    ("staleness/late", "waited for", 0),
+                    ("staleness/truncated", "cut", 2),
+                    ("staleness/dropped", "dropped", 3),
+                ),
             ),
         ),
     ),
