@@ -46,12 +46,22 @@ def test_groups_are_judged_by_reference_and_in_order(ray_session, actor):
 
 
 def test_each_group_may_name_its_verifier(ray_session, actor):
-    judging = actor.judge.remote(group_of("A: 2"), "", 2, "boxed")
-    # Its worker takes a while to start; the actor answers meanwhile.
-    assert ray_session.get(actor.stats.remote(), timeout=60)["waiting"] == 1
-    assert [j.verdict for j in ray_session.get(judging, timeout=120)] == [Verdict.UNPARSEABLE]
+    judged = actor.judge.remote(group_of("A: 2"), "", 2, "boxed")
+    assert [j.verdict for j in ray_session.get(judged, timeout=120)] == [Verdict.UNPARSEABLE]
+
+
+def test_it_says_how_much_waits_while_it_judges(ray_session, actor, tmp_path):
+    file = tmp_path / "go"
+    judging = actor.judge.remote(group_of("x", "y"), "", str(file), "tests.rewards:patient")
+    deadline = time.monotonic() + 60
+    while ray_session.get(actor.stats.remote(), timeout=60)["waiting"] != 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     stats = ray_session.get(actor.stats.remote(), timeout=60)
-    assert (stats["waiting"], stats["judged"]) == (0, 1)
+    assert (stats["waiting"], stats["judged"]) == (2, 0)
+    file.touch()
+    assert [j.reward for j in ray_session.get(judging, timeout=120)] == [1.0, 1.0]
+    stats = ray_session.get(actor.stats.remote(), timeout=60)
+    assert (stats["waiting"], stats["judged"]) == (0, 2)
 
 
 def test_workers_die_with_a_killed_actor(ray_session):
