@@ -42,7 +42,7 @@ from actors import placement
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup, LearnerRank
 from hapo_async import config as configs
-from hapo_async.driver import fleet, run, setup
+from hapo_async.driver import fleet, run, setup, starting
 from hapo_async.types import GroupRequest, Version
 
 SLOWER = {"generator-0": 1, "generator-1": 2, "generator-2": 5}
@@ -69,7 +69,7 @@ def main() -> None:
     model = random_model.make(args.runs / "model")
     data = random_model.write_prompts(args.runs / "prompts.jsonl", _prompts())
     start = [f"model={model}", f"data.train={data}", *COMMON]
-    fleet.GeneratorActor, run.LearnerGroup = Uneven, Skipping  # type: ignore[misc, assignment]
+    fleet.GeneratorActor, starting.LearnerGroup = Uneven, Skipping  # type: ignore[misc, assignment]
     ray = placement.LocalRay(num_cpus=5)
     found = []
     try:
@@ -145,7 +145,8 @@ class Uneven(GeneratorActor):
             for request in requests:
                 length = int(self._tokenizer.decode(request.prompt_tokens).split(":")[1])
                 forced.append(replace(request, sampling=replace(request.sampling, max_tokens=length)))
-                file.write(json.dumps({"key": list(request.key), "length": length}) + "\n")
+                row = {"key": list(request.key), "length": length, "step": self.engine.version.step}
+                file.write(json.dumps(row) + "\n")
         await super().submit(forced)
 
 
@@ -184,7 +185,7 @@ def count(folder: Path, eta: int, steps: int) -> dict[str, Any]:
     """What rollouts/ and the generators' own records say, and what of it is not as promised."""
     rows = trained_groups(folder)
     metrics = measured.rows(folder)
-    issued = issued_lengths(folder)
+    issued = issued_lengths(folder, steps - 1 - eta)
     ages: Counter[int] = Counter()
     for row in rows:
         for answer in row["answers"]:
@@ -192,7 +193,9 @@ def count(folder: Path, eta: int, steps: int) -> dict[str, Any]:
                 ages[row["step"] - Version.parse(version).step] += end - first
     prompts = Counter(tuple(row["key"][:2]) for row in rows)
     cut = sum(len(a["tokens"]) != int(row["truth"]) for row in rows for a in row["answers"])
-    lengths = compare_lengths(issued, [int(row["truth"]) for row in rows])
+    lengths = compare_lengths(
+        list(issued.values()), [int(row["truth"]) for row in rows if tuple(row["key"][:2]) in issued]
+    )
     out: dict[str, Any] = {
         "steps": metrics[-1]["step"],
         "skipped_steps": round(metrics[-1].get("ledger/dropped/skipped_step", 0) / 4),
@@ -223,13 +226,15 @@ def trained_groups(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for file in sorted((folder / "rollouts").glob("*.jsonl")) for text in file.open()]
 
 
-def issued_lengths(folder: Path) -> list[int]:
-    """One per prompt that any generator was asked for; a prompt that was issued again counts once."""
+def issued_lengths(folder: Path, last_step: int) -> dict[tuple[int, str], int]:
+    """Length by prompt, of those that any generator was asked for under version ``last_step`` or before: they must have been
+    trained, or skipped, by the end. Of later ones the end of the run leaves the longest unfinished."""
     found = {}
     for file in folder.glob("issued-*.jsonl"):
         for row in map(json.loads, file.open()):
-            found[tuple(row["key"][:2])] = row["length"]
-    return list(found.values())
+            if row["step"] <= last_step:
+                found[tuple(row["key"][:2])] = row["length"]
+    return found
 
 
 def compare_lengths(issued: Sequence[int], trained: Sequence[int]) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class _Run:
         self.began = time.monotonic()
         self.first_evals: dict[str, float] = {}
         self.last_evals: dict[str, float] = {}
+        self._evaluated: int | None = None  # the newest step that was evaluated under one version
 
     async def go(self) -> Outcome:
         self._build_flow()
@@ -245,6 +246,8 @@ class _Run:
     async def _evaluate(self, step: int) -> dict[str, float]:
         """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers."""
         await self.beside.drain()
+        self._take_beside()  # older ones first: the last evaluation is the newest
+        self._evaluated = step
         values: dict[str, float] = {}
         if self.evaluator.sets:
             await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
@@ -260,6 +263,8 @@ class _Run:
             self.journal.beside(step, values)
             if any(name.endswith("/pass@1") for name in values):
                 self.last_evals = values
+                if self.config.evaluation_mode == "detached":
+                    self._evaluated = step
 
     async def _finish(self) -> None:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
@@ -274,8 +279,7 @@ class _Run:
                 "the data ended and nothing was left to train on: "
                 + ", ".join(f"{count} prompts {why}" for why, count in self.ledger.dropped_reasons.items())
             )
-        evaluated = self.config.eval.every and step % self.config.eval.every == 0
-        if ended_early and not evaluated and (values := await self._evaluate(step)):
+        if ended_early and self._evaluated != step and (values := await self._evaluate(step)):
             self.journal.evaluation(step, values)
         path = await self._checkpoint(step)
         await asyncio.to_thread(copy_model, path / "model", self.folder.model)

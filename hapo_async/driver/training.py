@@ -111,6 +111,7 @@ class Trainer:
             await self.fleet.wake()
         finally:
             self._in_turn, self.sampler.hold = False, held
+            self.sampler.wake()
 
     async def run(self, committed: Callable[[Trained], Awaitable[StepTimes]]) -> None:
         """Steps until train.steps, until the data end, or until ``stopping`` or ``enough``. ``committed`` is awaited after

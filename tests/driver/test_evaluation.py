@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hapo_async.driver import fleet as fleets
 from hapo_async.driver.beside import BesideTraining
 from hapo_async.driver.evaluation import Evaluator, Scored
 from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.driver.run import _Run
 from hapo_async.driver.training import StepTimes, Trained
 from hapo_async.errors import RunError
 from hapo_async.evaluation import verdicts
@@ -326,3 +328,54 @@ def test_what_must_not_run_beside_training_is_a_barrier(clock, tree, possible):
         assert loop.beside.possible is (loop.config.evaluation_mode == "floating")
 
     clock.run(scenario())
+
+
+class Ending(_Run):
+    """A run that is about to end at ``step`` of 100, with evaluations every 4 steps; rows: what ended beside training."""
+
+    def __init__(self, mode: str, step: int, rows: list[tuple[int, dict[str, float]]]) -> None:
+        self.config = config.parse({"eval": {"every": 4, "mode": mode}, "generator": {"count": 2}, "max_staleness": 1})
+        self.trainer: Any = SimpleNamespace(version=Version(1, step), stopping=False)
+        self.beside: Any = SimpleNamespace(drain=self._nothing, take=lambda: [rows.pop() for _ in list(rows)])
+        self.fleet: Any = SimpleNamespace(wait_installed=self._nothing)
+        self.evaluator: Any = SimpleNamespace(sets={"a": []}, run=self._answer)
+        self.journal: Any = SimpleNamespace(beside=lambda *row: None, evaluation=lambda *row: None)
+        self.folder: Any = SimpleNamespace(model=None)
+        self.offline, self._evaluated = None, None
+        self.last_evals: dict[str, float] = {}
+        self.final: list[int] = []
+
+    async def _nothing(self, *_: object) -> None:
+        pass
+
+    async def _answer(self, step: int, version: Version) -> dict[str, float]:
+        self.final.append(step)
+        return {"eval/a/pass@1": 0.9}
+
+    async def _checkpoint(self, step: int) -> Path:
+        return Path("unused")
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "again"),
+    [
+        ("detached", [(8, {"eval/a/pass@1": 0.5})], False),
+        ("detached", [(8, {"eval/skipped": 1.0})], True),
+        ("detached", [(8, {"eval/given_up": 1.0})], True),
+        ("floating", [(8, {"eval/a/pass@1": 0.5})], True),
+        ("detached", [(4, {"eval/a/pass@1": 0.5})], True),
+    ],
+)
+def test_where_the_data_end_early_the_last_weights_are_evaluated_under_one_version(monkeypatch, mode, rows, again):
+    monkeypatch.setattr("hapo_async.driver.run.copy_model", lambda source, target: None)
+    run = Ending(mode, 8, list(rows))
+    asyncio.run(run._finish())
+    assert run.final == ([8] if again else [])
+    assert run.last_evals == {"eval/a/pass@1": 0.9 if again else 0.5}
+
+
+def test_an_older_evaluation_that_ends_before_the_final_one_is_not_taken_for_it():
+    run = Ending("detached", 100, [(96, {"eval/a/pass@1": 0.5})])
+    asyncio.run(run._evaluate(100))
+    run._take_beside()
+    assert run.last_evals == {"eval/a/pass@1": 0.9} and run._evaluated == 100

@@ -101,6 +101,23 @@ def test_two_sides_that_share_devices_never_work_at_the_same_time():
     assert learner.asleep and not any(g.asleep for g in generators)
 
 
+def test_a_skipped_step_hands_shared_devices_back():
+    async def scenario() -> Loop:
+        loop = Loop(
+            [StandInGenerator("g0")],
+            prompts=100,
+            trains=StandInLearner(skip_share=0.4),
+            max_staleness=0,
+            generator={"placement": "colocated"},
+            train={"steps": 8, "batch_prompts": 4},
+        )
+        await loop.run(limit_s=10.0)
+        return loop
+
+    loop = asyncio.run(scenario())
+    assert loop.trainer.version.step == 8 and loop.ledger.dropped_reasons["skipped_step"] > 0
+
+
 def test_what_arrives_beside_a_step_is_sent_ahead_once():
     async def scenario() -> Loop:
         loop = Loop(
