@@ -297,7 +297,8 @@ class Writer:
         numbers = {name: float(value) for name, value in values.items() if value is not None}
         row: dict[str, Any] = {"step": int(step), "time": time.time()}
         verdict = bottleneck(numbers, self._held_s)
-        self._held_s = numbers.get("time/eval_s", 0.0) + numbers.get("time/checkpoint_s", 0.0)
+        if "time/step_s" in numbers:  # an evaluation beside training has a row of its own, and held nobody
+            self._held_s = numbers.get("time/eval_s", 0.0) + numbers.get("time/checkpoint_s", 0.0)
         if verdict.component:
             row |= {"bottleneck": verdict.component, "advice": verdict.advice}
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}

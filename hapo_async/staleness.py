@@ -84,7 +84,7 @@ def weights(
     vetoed = _vetoed(batch, policy, gaps, correction)
     weight = torch.where(vetoed, 0.0, weight)
     bypass = correction.kind != "none" and (ratio == "behaviour" or (correction.kind == "bypass" and ratio != "weight"))
-    kl = torch.where(gaps.usable, gaps.proximal.exp() - 1 - gaps.proximal, 0.0)
+    kl = torch.where(gaps.usable, (torch.expm1(gaps.proximal) - gaps.proximal).clamp(min=0), 0.0)
     stats = _stats(batch, policy, gaps.usable, kl, weight, capped & ~vetoed, moved)
     if correction.filters:
         stats["policy/masked_frac"] = Mean((policy & (weight == 0)).sum(), policy.sum())

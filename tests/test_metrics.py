@@ -96,6 +96,14 @@ def test_a_step_after_an_evaluation_is_not_held_against_the_learner(tmp_path: Pa
     assert "add ranks" in later["advice"]
 
 
+def test_the_row_of_an_evaluation_beside_training_does_not_hide_that_the_learner_was_held(tmp_path: Path) -> None:
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(2, {"time/step_s": 9.0, "time/learn_s": 1.0, "time/checkpoint_s": 8.0})
+        writer.write(1, {"eval/a/pass@1": 0.5, "time/run_s": 20.0})
+        after = writer.write(3, {"time/step_s": 1.0, "time/learn_s": 1.0})
+    assert "add ranks" not in after["advice"]
+
+
 def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     with metrics.Writer(tmp_path) as writer:
         writer.write(1, {"reward/mean": 0.0})

@@ -35,7 +35,8 @@ class _Round:
 
 
 class Canary:
-    """Compares and warns; no failure of a generator leaves it. say: prints a line for people."""
+    """Compares and warns, once until a generator agrees again; no failure of a generator leaves it. say: prints a line for
+    people."""
 
     def __init__(
         self, config: Config, prompts: Sequence[Prompt], learner: LearnerGroup, fleet: Fleet, say: Callable[[str], None]
@@ -49,6 +50,7 @@ class Canary:
         self._tasks: set[asyncio.Task[None]] = set()
         self._gaps: list[canary.Gap] = []
         self._skipped = 0
+        self._disagreeing: set[str] = set()  # generators that an alarm has named
         self._seconds: float | None = None
         fleet.on_installed.append(self._installed)
 
@@ -126,7 +128,12 @@ class Canary:
             log.warning("%s was not compared at version %s: %s", generator.name, current.version, error or "no answer")
             return
         self._gaps.append(gap)
-        if not gap.kl <= self._limit:
+        if gap.kl <= self._limit:
+            if generator.name in self._disagreeing:
+                self._disagreeing.discard(generator.name)
+                self._say(f"{generator.name} and the learner agree again at equal weights (version {current.version}).")
+        elif generator.name not in self._disagreeing:
+            self._disagreeing.add(generator.name)
             self._alarm(generator, current.version, gap)
 
     def _alarm(self, generator: Generator, version: Version, gap: canary.Gap) -> None:

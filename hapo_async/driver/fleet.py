@@ -227,6 +227,8 @@ class Fleet:
         self.changed()
         if not self.alive:
             raise RunError(f"no generator is left; the last one failed: {error}")
+        if not self.serving:  # an evaluation has the last one: training comes first
+            self.attach(self.alive[0])
 
     # ---------------------------------------------------------------- taking turns
 
@@ -252,7 +254,7 @@ class Fleet:
 
     async def detach(self, generator: Generator, version: Version, deadline_s: float) -> None:
         """Takes a generator out of training: it gets no new groups, finishes those that it has, installs ``version`` and
-        stays there until ``attach``, whatever is published meanwhile.
+        stays there until ``attach``, whatever is published meanwhile, or until no other one is left to training.
 
         ``version`` must be the newest when this is called. Raises RunError when it is not, when no other generator would
         serve, or when the generator is not free within ``deadline_s`` (it then serves on); CallFailed when it fails.
@@ -267,7 +269,7 @@ class Fleet:
         try:
             async with asyncio.timeout(deadline_s):
                 await self._drained(generator)
-                while generator.alive and generator.installed != version:
+                while generator.alive and generator.detached and generator.installed != version:
                     await self._install_once(generator, manifest, refs)
         except TimeoutError:
             self.attach(generator)
@@ -277,10 +279,12 @@ class Fleet:
             raise
         if not generator.alive:
             raise CallFailed(generator.name, "failed while it was being detached", gone=True)
+        if not generator.detached:
+            raise RunError(f"{generator.name} was taken back: no other generator is left to training")
 
     async def _drained(self, generator: Generator) -> None:
         """Until no group and no install is in flight on a generator, or it has failed."""
-        while generator.alive and generator.outstanding:
+        while generator.alive and generator.detached and generator.outstanding:
             self._moved.clear()
             await self._moved.wait()
         running = self._installers.get(generator.name)

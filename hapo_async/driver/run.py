@@ -282,7 +282,8 @@ class _Run:
         if ended_early and self._evaluated != step and (values := await self._evaluate(step)):
             self.journal.evaluation(step, values)
         path = await self._checkpoint(step)
-        await asyncio.to_thread(copy_model, path / "model", self.folder.model)
+        with self.watchdog.during("copies the model"):
+            await asyncio.to_thread(copy_model, path / "model", self.folder.model)
 
     async def _checkpoint(self, step: int) -> Path:
         began = time.monotonic()

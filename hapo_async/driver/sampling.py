@@ -97,7 +97,7 @@ class Sampler:
             if not self.hold:
                 if self.offline:
                     self._issue_cached(self.offline)
-                elif self._demonstrations_ahead:
+                elif self.demonstrations_ahead:
                     self._issue_demonstrations()
                 else:
                     self._issue(fleet, judges)
@@ -182,7 +182,7 @@ class Sampler:
         return Sampling(n, self.config.sampling.max_tokens, self.config.sampling.temperature, seed=self.config.seed)
 
     @property
-    def _demonstrations_ahead(self) -> int:
+    def demonstrations_ahead(self) -> int:
         """Steps for which demonstrations alone are wanted now; 0 when answers are to be sampled."""
         ahead = self.config.max_staleness + 1
         if self.algorithm.composition == "demonstrations":
@@ -191,7 +191,7 @@ class Sampler:
 
     def _issue_demonstrations(self) -> None:
         """What learns from demonstrations alone needs no generator: prompts go straight to the buffer."""
-        wanted = self.config.train.batch_prompts * self._demonstrations_ahead
+        wanted = self.config.train.batch_prompts * self.demonstrations_ahead
         while self._untrained < wanted:
             if (found := self._next_prompt()) is None:
                 return

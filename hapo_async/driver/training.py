@@ -176,9 +176,9 @@ class Trainer:
 
     def _filled(self, wanted: int) -> bool:
         """Enough groups wait. Under a forced lag: as many batches as it takes for the oldest to have that age, and nothing
-        in flight, so that no group is sampled across an update."""
+        in flight, so that no group is sampled across an update. Demonstrations have no age."""
         lag = self.config.staleness.force_lag
-        if not lag:
+        if not lag or self.sampler.demonstrations_ahead:
             return len(self.buffer) >= wanted
         return len(self.buffer) >= (lag + 1) * wanted and not self.sampler.flights
 
@@ -199,7 +199,10 @@ class Trainer:
                     truncated = True
                     deadline = time.monotonic() + self.config.staleness.late_deadline_s
                     self.truncated += len(late)
-                    await self.fleet.truncate(self.fleet.owners(late))
+                    # A generator that is silent must not hold up the learner for longer.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self.config.staleness.late_deadline_s):
+                            await self.fleet.truncate(self.fleet.owners(late))
                 else:
                     await self.sampler.give_up_late(self.fleet, late)
         times.wait_for_stale += time.monotonic() - began

@@ -3,7 +3,7 @@
 Every actor is asked how far it is, once in a third of ``run.alarms.silence_s``, with a deadline. One that has work is
 
     busy      it answers, and what it counts (tokens, verdicts, layers computed) changes
-    stalled   it answers, and nothing of that has changed for silence_s
+    stalled   it answers, and nothing of that has changed for silence_s (a verifier: nor for verifier.timeout_s)
     frozen    it has not even answered for silence_s
 
 and one without work is none of them. When nothing of anything moves though work is left, the run itself is *blocked*, and
@@ -55,11 +55,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Actor:
-    """Someone to ask, with a deadline. Of a team that waits for a silent member, only that one is named."""
+    """Someone to ask, with a deadline. Of a team that waits for a silent member, only that one is named. patience_s: it may
+    work for so long without anything that it counts."""
 
     name: str
     ask: Callable[[float], Awaitable[Reading]]
     team: str = ""
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Watchdog:
         self.alarms = 0
         self.silence_s = float(config.run.alarms["silence_s"])
         self._beat_s = self.silence_s / ASKED_IN_SILENCE
+        self._judgement_s = config.verifier.timeout_s + self._beat_s  # then a worker is killed, and that counts
         self._tick_s = self._beat_s / TICKS_BETWEEN
         self._pulses: dict[str, Pulse] = {}
         self._seen: Any = None  # the driver's own progress
@@ -188,7 +191,7 @@ class Watchdog:
         for generator in self.fleet.alive:
             yield Actor(generator.name, functools.partial(self._ask_generator, generator))
         for name in self.judges.names:
-            yield Actor(name, functools.partial(self._ask_verifier, name))
+            yield Actor(name, functools.partial(self._ask_verifier, name), patience_s=self._judgement_s)
         for index in range(len(self.learner.ranks)):
             yield Actor(rank_name(index), functools.partial(self._ask_rank, index), team="learner")
 
@@ -254,7 +257,7 @@ class Watchdog:
         elif work is not None:
             limit_s = self.silence_s - self._tick_s
             silent, still = max(pulse.answered, work.since), max(pulse.moved, work.since)
-            is_still = now - still >= limit_s and pulse.unmoved > 1
+            is_still = now - still >= max(limit_s, pulse.actor.patience_s) and pulse.unmoved > 1
             if now - silent >= limit_s and state != "frozen":
                 pulse.incident = self._name(pulse, "frozen", silent, now)
             elif is_still and not state and not self._silent(pulse.actor.team, now):
@@ -285,7 +288,8 @@ class Watchdog:
         is_idle = not work and not self.ledger.untrained and self.sampler.drained
         limit_s = self.silence_s * OWN_WORK if self._own_work else self.silence_s
         limit_s += self._beat_s if work else -self._tick_s  # an actor with work is named first, if it is to blame
-        is_still = not is_idle and now - since >= limit_s
+        patience = [p.actor.patience_s for p in self._pulses.values() if p.actor.name in work]
+        is_still = not is_idle and now - since >= max([limit_s, *patience])
         if self._blocked is not None:
             if not is_still:
                 self._over(self._blocked, "gets on", now)

@@ -155,7 +155,7 @@ THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         "Old tokens",
         (
             _by_age("Policy tokens by age", "frac"),
-            _by_age("KL, behaviour to proximal policy", "kl", None),
+            _by_age("KL, behaviour to proximal policy", "kl"),
             _by_age("Effective sample size of the weights", "ess", None),
             _by_age("Clipped tokens by age", "clip_frac"),
             Chart(
@@ -165,7 +165,6 @@ THEMES: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                     ("policy/mismatch_kl_equal", "sampled by these weights", 1),
                     ("canary/kl", "canary", 3),
                 ),
-                None,
             ),
             _one("Tokens with weight 0", "policy/masked_frac"),
             Chart(

@@ -70,12 +70,14 @@ class Verifier:
         self.answered = asyncio.Event()
         self.answered.set()
         self.waiting = self.judged = 0
+        self.judgement_s = 0.0
         self.judge = Method(lambda *a: asyncio.ensure_future(self.process.held(self._judge())))
         self.stats = Method(lambda: asyncio.ensure_future(self.process.held(self._stats())))
 
     async def _judge(self) -> list[Judgement]:
         self.waiting += 2
         await self.answered.wait()
+        await asyncio.sleep(self.judgement_s)
         self.waiting -= 2
         self.judged += 2
         return [Judgement(Verdict.CORRECT, 1.0), Judgement(Verdict.WRONG, 0.0)]
@@ -136,7 +138,7 @@ class Scene:
             "generator": {"deadline_s": 5000.0, "max_concurrent": 4},
             "weights": {"deadline_s": 5000.0},
             "staleness": {"late_deadline_s": 5000.0},
-            "verifier": {"timeout_s": 5000.0},
+            "verifier": {"timeout_s": 15.0},
             "max_staleness": 2,
             "run": {"alarms": {"silence_s": SILENCE_S}},
         }

@@ -334,6 +334,29 @@ def test_only_every_so_many_publishes_are_compared_and_never_means_never():
         assert published(lambda: [StandInGenerator("a")], body, learner, every=every) == times
 
 
+def test_a_generator_that_goes_on_disagreeing_is_named_once_until_it_agrees_again():
+    class Learner(StandInLearner):
+        apart = 0.5
+
+        async def score(self, sequences):
+            return [logp - self.apart for logp in await super().score(sequences)]
+
+    learner = Learner()
+
+    async def body(s, actors):
+        for step, apart in ((1, 0.5), (2, 0.5), (3, 0.5), (4, 0.0), (5, 0.0), (6, 0.5)):
+            learner.apart = apart
+            await s.canary.at_publish(Version(1, step))
+            s.fleet.publish(Manifest(Version(1, step), ()), [])
+            await s.fleet.wait_installed(Version(1, step), 2.0)
+            assert (await settled(s.canary, 1))["canary/compared"] == 1
+        return s.said
+
+    disagrees, agrees, again = published(lambda: [StandInGenerator("a")], body, learner, every=1)
+    assert "a and the learner disagree" in disagrees and "(version 1.1)" in disagrees
+    assert "agree again" in agrees and "(version 1.4)" in agrees and "(version 1.6)" in again
+
+
 def test_an_error_of_the_learner_is_not_swallowed():
     class Broken(StandInLearner):
         async def score(self, sequences):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,6 +342,7 @@ class Ending(_Run):
         self.evaluator: Any = SimpleNamespace(sets={"a": []}, run=self._answer)
         self.journal: Any = SimpleNamespace(beside=lambda *row: None, evaluation=lambda *row: None)
         self.folder: Any = SimpleNamespace(model=None)
+        self.watchdog: Any = SimpleNamespace(during=contextlib.nullcontext)
         self.offline, self._evaluated = None, None
         self.last_evals: dict[str, float] = {}
         self.final: list[int] = []
@@ -379,3 +381,18 @@ def test_an_older_evaluation_that_ends_before_the_final_one_is_not_taken_for_it(
     asyncio.run(run._evaluate(100))
     run._take_beside()
     assert run.last_evals == {"eval/a/pass@1": 0.9} and run._evaluated == 100
+
+
+@pytest.mark.parametrize("dies_s", [0.2, 7.0])
+def test_training_takes_the_last_generator_back_from_an_evaluation(clock, dies_s):
+    """7 s: in the middle of the answers; 0.2 s: while the lent one finishes its groups."""
+
+    async def play(loop: Training) -> None:
+        await loop.until(lambda: [g for g in loop.fleet.generators if g.detached])
+        other = next(g for g in loop.fleet.generators if not g.detached)
+        await asyncio.sleep(dies_s)
+        other.actor.die()
+
+    loop = trained(clock, 2, play, due=[4], count=400)
+    assert loop.rows[0][1:] == (4, {"eval/given_up": 1.0})
+    assert not any(g.detached for g in loop.fleet.generators)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from hapo_async.group_stats import length_bucket, length_histogram
 from hapo_async.ledger import Ledger
 from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInJudges
+from tests.virtual_time import Clock
 
 DROP = {
     "generator": {"deadline_s": 5.0},
@@ -98,6 +100,22 @@ def test_a_silent_generator_does_not_hold_up_the_learner_when_its_groups_are_giv
 
     loop = asyncio.run(scenario())
     assert loop.trainer.version.step == 12 and loop.sampler.take_tally().late > 0
+
+
+def test_a_silent_generator_does_not_hold_up_the_learner_when_its_groups_are_cut(monkeypatch):
+    async def scenario():
+        silent, living = StandInGenerator("a", lambda key: 4000.0), StandInGenerator("b")
+        silent.truncate = silent.abort = silent._method(lambda keys: asyncio.sleep(4000.0))
+        staleness = {"late": "truncate", "late_deadline_s": 1.0}
+        tree = {**DROP, "staleness": staleness, "generator": {"deadline_s": 5000.0, "max_concurrent": 8}}
+        loop = Loop([silent, living], prompts=400, max_staleness=1, **tree)
+        began = time.monotonic()
+        await loop.run(limit_s=1000.0)
+        return loop, time.monotonic() - began, loop.sampler.take_tally().late
+
+    loop, seconds, late = Clock(monkeypatch).run(scenario())
+    assert loop.trainer.version.step == 12 and late > 0
+    assert 2.0 <= seconds < 5.0  # late_deadline_s until they are cut, and again until they are dropped
 
 
 def test_waiting_throws_nothing_away():

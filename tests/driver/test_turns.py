@@ -6,9 +6,11 @@ import asyncio
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hapo_async.driver import fleet as fleets
+from hapo_async.types import Teacher
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInLearner
 
 
@@ -99,6 +101,26 @@ def test_two_sides_that_share_devices_never_work_at_the_same_time():
     assert loop.trainer.version.step == 5 and set(loop.ages) == {0}
     assert seen.count("learned") == 5 and seen[0] == "sampled"
     assert learner.asleep and not any(g.asleep for g in generators)
+
+
+def test_demonstrations_before_a_forced_lag_have_no_age_to_wait_for():
+    async def scenario() -> Loop:
+        loop = Loop(
+            [StandInGenerator("g0")],
+            prompts=100,
+            teachers=lambda number: (Teacher("solution", np.arange(3, dtype=np.int32)),),
+            algorithm="hpt",
+            options={"sft_steps": 3},
+            max_staleness=2,
+            staleness={"force_lag": 2},
+            train={"steps": 8, "batch_prompts": 4},
+        )
+        await loop.run(limit_s=10.0)
+        return loop
+
+    loop = asyncio.run(scenario())
+    assert [len(batch) for batch in loop.learner.trained] == [4] * 8
+    assert loop.ages == [0] * 4 + [1] * 4 + [2] * 12
 
 
 def test_a_skipped_step_hands_shared_devices_back():

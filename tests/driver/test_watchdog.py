@@ -336,3 +336,17 @@ def test_a_dump_that_cannot_be_written_and_a_bug_of_its_own_end_no_run(clock, tm
         return scene
 
     assert "it failed and watches no longer (ZeroDivisionError" in clock.run(scenario()).said[-1][1]
+
+
+def test_a_judgement_that_may_take_longer_than_silence_is_no_silence(clock, tmp_path):
+    async def play() -> Scene:
+        scene = Scene(tmp_path, verifier={"timeout_s": 60.0})
+        scene.verifier.judgement_s = 50.0
+        async with scene.running():
+            await asyncio.sleep(600.0)
+            assert scene.rows == [] and len(scene.loop.steps) > 5
+            scene.verifier.answered.clear()
+            await asyncio.sleep(130.0)
+        return scene
+
+    assert clock.run(play()).alarms == [("verifier-0", "stalled")]
