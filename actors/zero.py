@@ -283,7 +283,9 @@ class ZeroBackend:
 
     @property
     def _can_move(self) -> bool:
-        offloaded = any(self.engine.config.get("zero_optimization", {}).get(f"offload_{x}") for x in ("param", "optimizer"))
+        offloaded = any(
+            self.engine.config.get("zero_optimization", {}).get(f"offload_{x}") for x in ("param", "optimizer")
+        )
         return self.device.type == "cuda" and self.stage == 3 and not offloaded
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -102,7 +102,11 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("staleness/truncated", "groups", "Late groups whose running answers were cut short in this step."),
     # Throughput
     ("throughput/generate_tokens_per_s", "tokens/s", "Sampled tokens per second, all generators."),
-    ("throughput/generate_tokens_per_s/{generator}", "tokens/s", "Sampled tokens per second of one generator."),
+    (
+        "throughput/generate_tokens_per_s/{generator}",
+        "tokens/s",
+        "The same of one generator, evaluations included.",
+    ),
     ("throughput/generate_tokens_per_gpu_s", "tokens/s", "Sampled tokens per second and generator GPU."),
     ("throughput/learn_tokens_per_s", "tokens/s", "Trained tokens per second of learning, prompts left out."),
     ("throughput/learn_tokens_per_gpu_s", "tokens/s", "Trained tokens per second of learning and learner GPU."),
@@ -121,8 +125,8 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("time/generate_s", "s", "From issuing a group to its last answer; mean over the step's groups."),
     ("time/verify_s", "s", "From a group's last answer to its verdicts, queueing included; mean over groups."),
     # Buffer and weights
-    ("buffer/fill", "share", "Filled share of the buffer when the step began."),
-    ("buffer/groups", "groups", "Groups in the buffer when the step began."),
+    ("buffer/fill", "share", "Filled share of the buffer when the step ended."),
+    ("buffer/groups", "groups", "Groups in the buffer when the step ended."),
     ("buffer/blocked_s", "s", "The staleness bound held generators back while a full batch waited for the learner."),
     ("weights/version", "step", "Version published at the end of the step."),
     ("weights/version/{generator}", "step", "Version that a generator serves."),
@@ -221,7 +225,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("verify/timeout", "answers", "Judgements killed at their deadline, in this step."),
     ("verify/oom", "answers", "Judgements that ran out of memory, in this step."),
     ("verify/crash", "answers", "Judgements whose verifier crashed, in this step."),
-    ("scale/generators", "", "Generators that serve."),
+    ("scale/generators", "", "Generators that are alive, one that is lent to an evaluation included."),
     ("scale/verifiers", "", "Verifiers that serve."),
     ("scale/learners", "", "Learner ranks."),
     ("watchdog/alarms", "", "Times in this step that an actor, or the whole run, stood still though it had work."),

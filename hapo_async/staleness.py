@@ -179,7 +179,7 @@ def _bounds(batch: TokenBatch, policy: Tensor, correction: Settings, level: str)
     if level != "token":
         segments = Segments.of(batch, policy)
         age = segments.spread(torch.zeros_like(segments.ids).scatter_reduce(0, segments.places, age.long(), "amax"))
-    shrink = correction.decay ** age.to(one.dtype)
+    shrink = (correction.decay ** age.to(one.dtype)).clamp(min=1e-30)
     return floor / (floor + (1 - floor) * shrink), 1 + (correction.cap - 1) * shrink
 
 

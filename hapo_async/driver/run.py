@@ -7,9 +7,10 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from actors import placement
 from hapo_async import checkpoint, metrics, rollouts
@@ -45,6 +46,8 @@ from hapo_async.types import Version
 __all__ = ["Outcome", "outcome_rows", "train"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def train(prepared: Prepared) -> Outcome:
@@ -91,6 +94,7 @@ class _Run:
         self.stream = stream
         self.offline = offline
         self._preparing: asyncio.Future[None] | None = None
+        self._stopped = asyncio.Event()
         self.began = time.monotonic()
         self.first_evals: dict[str, float] = {}
         self.last_evals: dict[str, float] = {}
@@ -244,18 +248,34 @@ class _Run:
         return times
 
     async def _evaluate(self, step: int) -> dict[str, float]:
-        """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers."""
-        await self.beside.drain()
-        self._take_beside()  # older ones first: the last evaluation is the newest
+        """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers. Given
+        up when a signal ends the run: a grace period is short."""
+        values = await self._unless_stopped(self._answers(step))
+        if values is None:
+            return {"eval/given_up": 1.0}
         self._evaluated = step
-        values: dict[str, float] = {}
-        if self.evaluator.sets:
-            await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
-            values = self.last_evals = await self.evaluator.run(step, version=self.trainer.version)
         if self.offline:
             async with self.trainer.turn():
                 values |= await self.offline.measure(self.learner, self.trainer.version)
         return values
+
+    async def _answers(self, step: int) -> dict[str, float]:
+        await self.beside.drain()
+        self._take_beside()  # older ones first: the last evaluation is the newest
+        if not self.evaluator.sets:
+            return {}
+        await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
+        self.last_evals = await self.evaluator.run(step, version=self.trainer.version)
+        return dict(self.last_evals)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the work brings, or None where a signal came before its end."""
+        working, stopped = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            await tasks.end(working, stopped)
 
     def _take_beside(self) -> None:
         """Rows of the evaluations that ended beside training."""
@@ -319,6 +339,7 @@ class _Run:
             if self.trainer.stopping and current:
                 current.cancel()
             self.trainer.stopping = True
+            self._stopped.set()
             self.sampler.wake()
             if self._preparing:
                 self._preparing.cancel()

@@ -283,8 +283,10 @@ class Trainer:
                     self.learner.prefetch([g.gated.payload for g in new])
                 self.sampler.arrived.clear()
                 arrival = asyncio.ensure_future(self.sampler.arrived.wait())
-                await asyncio.wait({stepping, arrival}, return_when=asyncio.FIRST_COMPLETED)
-                arrival.cancel()
+                try:
+                    await asyncio.wait({stepping, arrival}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    arrival.cancel()
             return await stepping
         finally:
             stepping.cancel()

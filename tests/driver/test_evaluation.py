@@ -344,6 +344,7 @@ class Ending(_Run):
         self.folder: Any = SimpleNamespace(model=None)
         self.watchdog: Any = SimpleNamespace(during=contextlib.nullcontext)
         self.offline, self._evaluated = None, None
+        self._stopped = asyncio.Event()
         self.last_evals: dict[str, float] = {}
         self.final: list[int] = []
 
@@ -396,3 +397,28 @@ def test_training_takes_the_last_generator_back_from_an_evaluation(clock, dies_s
     loop = trained(clock, 2, play, due=[4], count=400)
     assert loop.rows[0][1:] == (4, {"eval/given_up": 1.0})
     assert not any(g.detached for g in loop.fleet.generators)
+
+
+def test_a_signal_does_not_wait_for_an_evaluation():
+    async def scenario() -> tuple[Ending, dict[str, float], float]:
+        run = Ending("barrier", 100, [])
+        given_back: list[str] = []
+
+        async def forever(step: int, version: Version) -> dict[str, float]:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                given_back.append("a generator")
+            return {}
+
+        run.evaluator = SimpleNamespace(sets={"a": []}, run=forever)
+        evaluating = asyncio.create_task(run._evaluate(100))
+        await asyncio.sleep(0.01)
+        began = asyncio.get_running_loop().time()
+        run._stopped.set()
+        values = await evaluating
+        assert given_back
+        return run, values, asyncio.get_running_loop().time() - began
+
+    run, values, seconds = asyncio.run(scenario())
+    assert values == {"eval/given_up": 1.0} and run._evaluated is None and seconds < 2.0
