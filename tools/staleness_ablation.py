@@ -28,6 +28,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import measured
+import psutil
 
 from hapo_async.report import charts
 from hapo_async.report.charts import Line
@@ -147,7 +149,18 @@ def _start_ray() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from actors.placement import LocalRay
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     atexit.register(LocalRay(num_cpus=4).stop)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this worker and all that it started once the command that started it is gone, however it went."""
+    from actors.placement import end_processes
+
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    end_processes(psutil.Process().children(recursive=True))
+    os._exit(1)
 
 
 def _base(root: Path, seed: int) -> None:
