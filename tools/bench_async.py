@@ -13,7 +13,9 @@ alone, these modes take turns, ``--rounds`` times:
   side is at work has the whole machine
 
 Alone: the generator answers the same prompts with no learner, ``max_concurrent`` groups at a time; the learner repeats
-steps on batches that are there already. Coordination is what the asynchronous loop loses against the slower of them.
+steps on batches that are there already. Together: both of that at the same time, with nothing between them. What the loop
+loses against the slower side together is coordination; what together loses against alone is the machine's, whose memory
+both sides share.
 
 Processes are bound with sched_setaffinity, all of their threads; the driver, Ray and the verifier run wherever they like.
 Writes benchmarks/results/async.json and prints the table of docs/staleness.md.
@@ -108,7 +110,8 @@ def _setting(name: str, root: Path, start: Sequence[str], rounds: int, steps: in
     overrides = [*start, *COMMON, *SETTINGS[name]]
     alone = _alone([*overrides, "max_staleness=3"])
     print(
-        f"{name}: generator alone {alone['generator_s']:.2f} s a step, learner alone {alone['learner_s']:.2f} s",
+        f"{name}: generator {alone['generator_alone_s']:.2f} s a step alone, {alone['generator_together_s']:.2f} s together; "
+        f"learner {alone['learner_alone_s']:.2f} s, {alone['learner_together_s']:.2f} s",
         flush=True,
     )
     runs: list[dict[str, Any]] = []
@@ -132,9 +135,15 @@ def compare(alone: dict[str, float], runs: Sequence[dict[str, Any]]) -> dict[str
         return [run["steps_per_s"] for run in runs if run["mode"] == mode]
 
     pairs = {f"async/{m}": [a / b for a, b in zip(rates("async"), rates(m), strict=True)] for m in ("sync", "both")}
-    slower = min(alone["generator_tokens_per_s"], alone["learner_tokens_per_s"])
-    reached = [run["tokens_per_s"] / slower for run in runs if run["mode"] == "async"]
-    return {"ratios": {**pairs, "async/slower side alone": reached}}
+    reached = {
+        f"async/slower side {how}": [
+            run["tokens_per_s"] * max(alone[f"generator_{how}_s"], alone[f"learner_{how}_s"]) / alone["tokens"]
+            for run in runs
+            if run["mode"] == "async"
+        ]
+        for how in ("alone", "together")
+    }
+    return {"ratios": {**pairs, **reached}}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -211,7 +220,7 @@ def _alone(overrides: Sequence[str]) -> dict[str, float]:
 
 
 async def _measure_alone(p: Prepared) -> dict[str, float]:
-    """Seconds per step and answer tokens per second of the generator and of the learner, one after the other."""
+    """Seconds per step of the generator and of the learner, alone and together, and the answer tokens of a step."""
     c, cluster = p.config, placement.join(2)
     async with contextlib.AsyncExitStack() as stack:
         slot = placement.reserve(cluster, c.learner.ranks, 1.0, "learner")
@@ -227,15 +236,12 @@ async def _measure_alone(p: Prepared) -> dict[str, float]:
         fleet.publish(*await learner.publish(Version(1, 0)))
         await fleet.wait_installed(Version(1, 0), c.weights.deadline_s)
         groups = await _sample(sampler, fleet, judges, ALONE_BATCHES * c.train.batch_prompts)
-        generator_s = await _generate(p, fleet)
-        learner_s = await _learn(p, learner, groups)
+        out = {"generator_alone_s": await _generate(p, fleet, 1), "learner_alone_s": await _learn(p, learner, groups)}
+        generating = asyncio.create_task(_generate(p, fleet, 2))
+        out["learner_together_s"] = await _learn(p, learner, groups, generating)
+        out["generator_together_s"] = await generating
     tokens = c.train.batch_prompts * c.sampling.n * c.sampling.max_tokens
-    return {
-        "generator_s": round(generator_s, 4),
-        "learner_s": round(learner_s, 4),
-        "generator_tokens_per_s": round(tokens / generator_s, 1),
-        "learner_tokens_per_s": round(tokens / learner_s, 1),
-    }
+    return {**{name: round(seconds, 4) for name, seconds in out.items()}, "tokens": tokens}
 
 
 async def _sample(sampler: Sampler, fleet: Fleet, judges: Judges, count: int) -> list[Ready]:
@@ -253,7 +259,7 @@ async def _sample(sampler: Sampler, fleet: Fleet, judges: Judges, count: int) ->
     return sampler.buffer.take(count, 0, 0)
 
 
-async def _generate(p: Prepared, fleet: Fleet) -> float:
+async def _generate(p: Prepared, fleet: Fleet, attempt: int) -> float:
     """Seconds per batch: ``max_concurrent`` groups are always in flight until all batches are there."""
     c, (generator,) = p.config, fleet.serving
     sampling = Sampling(c.sampling.n, c.sampling.max_tokens, c.sampling.temperature, seed=c.seed)
@@ -261,7 +267,7 @@ async def _generate(p: Prepared, fleet: Fleet) -> float:
 
     async def one(index: int) -> None:
         prompt = p.prompts[index]
-        key = GroupKey(-1, prompt.uid, 1)
+        key = GroupKey(-1, prompt.uid, attempt)
         async with free:
             await fleet.submit(generator, [GroupRequest(key, prompt.tokens, sampling)])
             await fleet.collect(generator, key, c.generator.deadline_s)
@@ -271,17 +277,23 @@ async def _generate(p: Prepared, fleet: Fleet) -> float:
     return (time.monotonic() - began) / ALONE_BATCHES
 
 
-async def _learn(p: Prepared, learner: LearnerGroup, groups: Sequence[Ready]) -> float:
-    """Seconds per step on batches that are there, after one step that does not count."""
+async def _learn(
+    p: Prepared, learner: LearnerGroup, groups: Sequence[Ready], beside: asyncio.Task[float] | None = None
+) -> float:
+    """Seconds per step on batches that are there, after one step that does not count; for as long as ``beside`` runs."""
     c = p.config
     size = c.train.batch_prompts
     batches = [[g.train for g in groups[start : start + size]] for start in range(0, len(groups), size)]
-    seconds = []
-    for number, trains in enumerate([batches[0], *batches, *batches]):
+    seconds: list[float] = []
+    while (not beside.done()) if beside is not None else (len(seconds) <= 2 * len(batches)):
+        number = len(seconds)
+        trains = batches[number % len(batches)]
         plans = batch.plan_step(trains, c.learner.ranks, c.learner.mini_batches, Version(1, number), seed=c.seed)
         began = time.monotonic()
         await learner.step(plans)
         seconds.append(time.monotonic() - began)
+    if beside is not None:
+        seconds.pop()  # it was alone for a part of the last one
     return statistics.fmean(seconds[1:])
 
 
@@ -292,9 +304,9 @@ async def _learn(p: Prepared, learner: LearnerGroup, groups: Sequence[Ready]) ->
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: one row per setting; ratios as mean (lowest - highest of the rounds)."""
     out = [
-        "| setting | generator alone | learner alone | async | sync | both cores in turn | async / sync | "
-        "async / both in turn | async / slower side alone |",
-        "|---" * 9 + "|",
+        "| slower side | generator alone, together | learner alone, together | async | sync | both cores in turn | "
+        "async / sync | async / both in turn | async / slower side alone | async / slower side together |",
+        "|---" * 10 + "|",
     ]
     for name, setting in found.items():
         alone, ratios = setting["alone"], setting["ratios"]
@@ -302,10 +314,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             mode: statistics.fmean(r["steps_per_s"] for r in setting["runs"] if r["mode"] == mode) for mode in MODES
         }
         out.append(
-            f"| {name} | {alone['generator_s']:.2f} s | {alone['learner_s']:.2f} s | "
+            f"| {name} | {alone['generator_alone_s']:.2f}, {alone['generator_together_s']:.2f} s | "
+            f"{alone['learner_alone_s']:.2f}, {alone['learner_together_s']:.2f} s | "
             + " | ".join(f"{rates[mode]:.2f} steps/s" for mode in MODES)
             + " | "
-            + " | ".join(_spread(ratios[key]) for key in ("async/sync", "async/both", "async/slower side alone"))
+            + " | ".join(_spread(values) for values in ratios.values())
             + " |"
         )
     return "\n".join(out)
