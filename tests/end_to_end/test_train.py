@@ -216,6 +216,19 @@ def test_a_synchronous_run_from_its_own_config_gives_the_same_weights(tmp_path):
         assert torch.equal(a[name], b[name]), name
     rows = rollouts(tmp_path / "a")
     assert {r["staleness"] for r in rows} == {0}
+    train(tmp_path / "c", *options, "generator.placement=colocated", "generator.count=2")
+    c = load_file(tmp_path / "c" / "model" / "model.safetensors")
+    assert all(torch.allclose(a[name], c[name], rtol=1e-5, atol=1e-7) for name in a)
+    assert len({r["generator"] for r in rollouts(tmp_path / "c")}) == 2
+
+
+def test_a_forced_lag_is_the_age_of_every_sampled_token(tmp_path):
+    train(tmp_path, "train.steps=5", "max_staleness=2", "staleness.force_lag=2", "data.eval=[]", "generator.count=2")
+    for row in rollouts(tmp_path):
+        versions = {s[0] for a in row["answers"] if not a["injected"] for s in a["spans"]}
+        assert versions == {f"1.{max(0, row['step'] - 2)}"}, (row["step"], versions)
+    rows = json_lines(tmp_path / "metrics.jsonl")
+    assert [r["staleness/max"] for r in rows] == [0, 1, 2, 2, 2] and rows[-1]["staleness/2/frac"] == 1.0
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "sft", "luffy", "hpt", "apo", "hapo_apo"])
@@ -246,8 +259,13 @@ def test_two_vllm_generators_and_two_learner_ranks(tmp_path):
         "train.checkpoint_every=1",
         "train.keep_checkpoints=30",
         "eval.limit=8",
+        "eval.every=10",
     )
-    last = json_lines(run_dir / "metrics.jsonl")[-1]
+    metric_rows = json_lines(run_dir / "metrics.jsonl")
+    beside = {r["step"]: r for r in metric_rows if "eval/chain-eval/pass@1" in r}
+    assert [beside[step]["eval/chain-eval/version"] for step in (10, 22)] == [10, 22]
+    assert "time/step_s" not in beside[10] and "time/step_s" in beside[22]
+    last = metric_rows[-1]
     assert last["ledger/dropped"] == 0 and last["ledger/trained"] == 22 * 8
     rows = rollouts(run_dir)
     assert len({r["generator"] for r in rows}) == 2
