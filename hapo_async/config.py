@@ -281,6 +281,11 @@ class Config(_Section):
         return corrections.resolve(self.staleness.correction, self.staleness.options, self.max_staleness > 0)
 
     @property
+    def most_untrained(self) -> int:
+        """Groups in flight and buffered together that ``max_staleness`` allows."""
+        return (self.max_staleness + 1) * self.train.batch_prompts
+
+    @property
     def is_timing_free(self) -> bool:
         """Whether every batch is sampled at a version that does not depend on how fast anything is: synchronous training,
         and a forced lag."""

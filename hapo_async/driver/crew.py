@@ -70,7 +70,7 @@ class Lent(Crew):
     async def _lend(self) -> Generator:
         """Each failure takes a generator out of service, so that this ends."""
         while serving := self.fleet.serving:
-            free = min(serving, key=lambda g: sum(g.outstanding.values()))
+            free = min(serving, key=lambda g: g.load)
             try:
                 await self.fleet.detach(free, self._version, self._deadline_s)
             except CallFailed as error:

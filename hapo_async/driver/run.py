@@ -147,7 +147,7 @@ class _Run:
         self.ledger = Ledger.resumed(state["ledger"]) if state else Ledger()
         step = self.resumed.step if self.resumed else 0
         self.version = Version(self.folder.next_incarnation(), step)
-        self.buffer = Buffer((c.max_staleness + 1) * c.train.batch_prompts, self.ledger.order)
+        self.buffer = Buffer(c.most_untrained, self.ledger.order)
         self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
         self.sampler.step = step
         if state:

@@ -107,10 +107,11 @@ class Sampler:
             await self.changed.wait()
 
     def _clock_the_bound(self) -> None:
-        now, wanted = time.monotonic(), self.config.train.batch_prompts
+        now = time.monotonic()
         if self._blocked_since is not None:
             self.tally.blocked_s += now - self._blocked_since
-        is_full = self._untrained >= (self.config.max_staleness + 1) * wanted and len(self.buffer) >= wanted
+        is_full = self._untrained >= self.config.most_untrained
+        is_full = is_full and len(self.buffer) >= self.config.train.batch_prompts
         self._blocked_since = now if is_full and not self.hold else None
 
     def _issue(self, fleet: Fleet, judges: Judges) -> None:
@@ -144,7 +145,7 @@ class Sampler:
 
     def _roomy(self, fleet: Fleet) -> list[tuple[int, int, Generator]]:
         """(tokens outstanding, position, generator) of those that serve and have capacity, as a heap."""
-        if self._untrained >= (self.config.max_staleness + 1) * self.config.train.batch_prompts:
+        if self._untrained >= self.config.most_untrained:
             return []  # no capacity even without any lag
         heap = [(g.load, place, g) for place, g in enumerate(fleet.generators) if g.serves and self._capacity(g) > 0]
         heapq.heapify(heap)
@@ -202,8 +203,7 @@ class Sampler:
 
     def _issue_cached(self, offline: Offline) -> None:
         """Cached answers need no generator either. Prompts that the run does not train on are passed over."""
-        wanted = self.config.train.batch_prompts * (self.config.max_staleness + 1)
-        while self._untrained < wanted and (found := self._next_prompt()):
+        while self._untrained < self.config.most_untrained and (found := self._next_prompt()):
             epoch, prompt = found
             if not offline.trains(prompt.uid):
                 continue
