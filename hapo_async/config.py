@@ -173,7 +173,7 @@ class StalenessConfig(_Section):
 
     correction: str = Field(
         "auto",
-        description="How old tokens are weighted: auto (tis when max_staleness > 0, else off), off, clip, tis, mask, "
+        description="How old tokens are weighted: auto (clip when max_staleness > 0, else off), off, clip, tis, mask, "
         "sequence_tis, sequence_mask, geometric_tis, geometric_mask, m2po.",
     )
     options: dict[str, Any] = Field(

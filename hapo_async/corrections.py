@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from hapo_async.options import Option
 
-AUTO = "tis"
-"""What ``auto`` means where tokens may be older than the weights that learn from them; otherwise it means off."""
+AUTO = "clip"
+"""What ``auto`` means where tokens may be older than the weights that learn from them; otherwise it means off. Chosen by
+``benchmarks/results/staleness.json``."""
 
 Kind = Literal["none", "bypass", "cap", "mask", "moment"]
 Level = Literal["token", "sequence", "geometric"]

@@ -97,7 +97,7 @@ def test_off_must_be_said_and_leaves_the_options_of_others_unused():
         ("m2po", {"prox": "loglinear"}, "no option of correction 'm2po'"),
         ("clip", {"veto": 0.1}, "Its options: cap"),
         ("off", {"cpa": 2}, "Did you mean 'cap'"),
-        ("auto", {"tau": 0.1}, "no option of correction 'tis'"),
+        ("auto", {"tau": 0.1}, "no option of correction 'clip'"),
     ],
 )
 def test_what_is_refused_names_value_rule_and_fix(name, options, words):
