@@ -11,25 +11,45 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from actors import vllm_engine
+from actors import transports, vllm_engine
+from actors.transports import Data, Offer, Receiver
 from hapo_async import engine as engines
 from hapo_async.config import Config
+from hapo_async.lora import Lora, Merger
 from hapo_async.rows import Sampled
 from hapo_async.sampler import Sampler
 from hapo_async.scoring import Pair
 from hapo_async.types import Answer, Group, GroupHeader, GroupKey, GroupRequest, Source, Version
-from hapo_async.weights import Manifest, Staging
+from hapo_async.weights import Bucket, Intake, Manifest, TransferError
 
 log = logging.getLogger(__name__)
 
+Tensors = list[tuple[str, torch.Tensor]]
+
 _LAST_WORDS_S = 1.0  # an actor with a dead engine answers those who wait, then ends
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A version that has arrived whole. tensors: staged ones. pause_s: set when it is in the model already."""
+
+    manifest: Manifest
+    tensors: list[tuple[str, torch.Tensor]]
+    seconds: float
+    pause_s: float | None = None
+
+
+def _key(offer: Offer) -> tuple[str, Version]:
+    """One version may be offered twice: in lockstep, and as a snapshot to those who missed it."""
+    return offer.transport, offer.version
 
 
 class GeneratorActor:
@@ -47,7 +67,12 @@ class GeneratorActor:
         self._starting = asyncio.Lock()
         self._installing = asyncio.Lock()
         self._tokenizer: Any = None
+        self._merger: Merger | None = None  # of adapters
         self._received = 0  # buckets
+        self._transport = self.config.transport(self.device == "cuda")
+        self._receiver = transports.receiver(self._transport, self.device, ray.util.get_node_ip_address())
+        self._snapshots = transports.receiver("ray", self.device, "")
+        self._arrivals: dict[tuple[str, Version], asyncio.Task[_Fetched]] = {}  # at most one that has not ended
 
     @property
     def engine(self) -> engines.Engine:
@@ -56,16 +81,29 @@ class GeneratorActor:
         return self._engine
 
     async def ready(self) -> dict[str, Any]:
-        """Starts the engine, once. Returns pid, engine, device, version."""
+        """Starts the engine, once. Returns pid, engine, engine_pids, device, version, member_key
+        (``transports.Member.key``)."""
         async with self._starting:
             if self._engine is None:
                 self._engine = await self._start()
-        return {"pid": os.getpid(), "engine": self._kind, "device": self.device, "version": str(self._engine.version)}
+        return {
+            "pid": os.getpid(),
+            "engine": self._kind,
+            "engine_pids": self._engine.stats()["engine_pids"],
+            "device": self.device,
+            "version": str(self._engine.version),
+            "member_key": self._receiver.key,
+        }
 
     @property
     def _kind(self) -> str:
         wanted = self.config.generator.engine
         return wanted if wanted != "auto" else "vllm" if self.device == "cuda" else "transformers"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        name = self.config.generator.dtype
+        return getattr(torch, ("bfloat16" if self.device == "cuda" else "float32") if name == "auto" else name)
 
     async def _start(self) -> engines.Engine:
         from transformers import AutoTokenizer
@@ -73,10 +111,17 @@ class GeneratorActor:
         self._tokenizer = await asyncio.to_thread(
             AutoTokenizer.from_pretrained, self.model_path, trust_remote_code=False
         )
+        lora = Lora.of(self.config)
         if self._kind == "vllm":
-            return await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device, self.name)
+            engine = await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device, self.name)
+            if lora:
+                self._merger = await asyncio.to_thread(Merger, self.model_path, lora, self._dtype)
+            return engine
         dtype = self.config.generator.dtype
         model = await asyncio.to_thread(engines.load_model, self.model_path, self.device, dtype)
+        if lora:
+            resident = dict(model.named_parameters())
+            self._merger = await asyncio.to_thread(Merger, self.model_path, lora, self._dtype, resident)
         stop = engines.stop_ids(self._tokenizer, model.config, model.generation_config)
         sampler = Sampler(model, stop, recompute=self.config.generator.kv_cache == "recompute")
         return engines.TransformersEngine(sampler)
@@ -128,6 +173,14 @@ class GeneratorActor:
         with self._exit_when_dead():
             return await self.engine.abort([GroupKey(*k) for k in keys])
 
+    async def hand_over(self, keys: list[GroupKey]) -> list[tuple[GroupHeader, Group]]:
+        """Ends groups now and gives them out as they are. Unfinished answers ("abort") may be empty; as ``prefixes`` of a
+        request they are resumed by any generator. Unknown keys are ignored."""
+        with self._exit_when_dead():
+            found = await self.engine.hand_over([GroupKey(*k) for k in keys])
+        groups = await asyncio.to_thread(lambda: [self._group(sampled) for sampled in found])
+        return [(GroupHeader.of(g, s.seconds), g) for g, s in zip(groups, found, strict=True)]
+
     async def score(self, sequences: list[Pair]) -> tuple[Version, list[np.ndarray]]:
         """(version, log-probs float32 [T] of each sequence at temperature 1), all under that one version. Raises
         EngineError."""
@@ -150,30 +203,110 @@ class GeneratorActor:
 
     # ---------------------------------------------------------------- weights
 
-    async def install(self, manifest: Manifest, refs: list[ray.ObjectRef]) -> dict[str, Any]:
-        """Fetches and verifies every bucket, then swaps the weights between two tokens.
+    async def receive(self, offer: Offer) -> None:
+        """Fetches a version beside serving, for ``install``. In place there is no second copy: a version that travels in
+        lockstep is then installed at once, and one that can be fetched at any time is left to ``install``. Raises
+        TransferError."""
+        if not self._is_staged(offer) and offer.members is None:
+            return
+        await self._receiving(offer)
 
-        Raises TransferError or ray's own errors; the old version then serves on. Returns version, fetch_s, pause_s, bytes.
+    async def install(self, offer: Offer) -> dict[str, Any]:
+        """Swaps the weights between two tokens: what ``receive`` has fetched, or fetches it now.
+
+        Raises TransferError or ray's own errors; the old version then serves on (in place: none, until an install
+        succeeds). Returns version, fetch_s, pause_s, bytes.
         """
         async with self._installing:
-            start = time.perf_counter()
-            engines.check_manifest(manifest, self.engine.version)
-            deadline = time.monotonic() + self.config.weights.deadline_s
-            tensors = await asyncio.to_thread(self._receive, manifest, refs, deadline)
-            fetch_s = time.perf_counter() - start
-            with self._exit_when_dead():
-                pause_s = await self.engine.install(manifest, tensors)
-        return {"version": str(manifest.version), "fetch_s": fetch_s, "pause_s": pause_s, "bytes": manifest.nbytes}
+            kind = "full" if offer.kind == "adapter" else offer.kind  # merged, it is a full version
+            engines.check_manifest(Manifest(offer.version, (), kind), self.engine.version)
+            fetched = await self._receiving(offer)
+            self._arrivals.pop(_key(offer), None)
+            if fetched.pause_s is not None:
+                pause_s = fetched.pause_s
+            else:
+                with self._exit_when_dead():
+                    pause_s = await self.engine.install(fetched.manifest, fetched.tensors)
+        return {
+            "version": str(offer.version),
+            "fetch_s": fetched.seconds,
+            "pause_s": pause_s,
+            "bytes": fetched.manifest.nbytes,
+        }
 
-    def _receive(
-        self, manifest: Manifest, refs: list[ray.ObjectRef], deadline: float
-    ) -> list[tuple[str, torch.Tensor]]:
-        """All tensors of a version, verified. One bucket is fetched at a time, so that staging holds one copy and no more."""
-        staging = Staging(manifest)
-        for index, ref in enumerate(refs):
-            staging.put(index, ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
+    def _is_staged(self, offer: Offer) -> bool:
+        return offer.kind == "adapter" or self.config.staging(self.device == "cuda") != "none"
+
+    async def _receiving(self, offer: Offer) -> _Fetched:
+        """The one fetch of this offer, begun by whoever asks first; older ones are given up. A failed one may be begun again
+        where buckets can be fetched at any time."""
+        key = _key(offer)
+        if key not in self._arrivals:
+            await self._give_up_arrivals()
+            fetch = self._stage(offer) if self._is_staged(offer) else self._write(offer)
+            self._arrivals[key] = asyncio.create_task(fetch)
+        task = self._arrivals[key]
+        try:
+            return await asyncio.shield(task)
+        except TransferError:
+            if offer.members is None:
+                self._arrivals.pop(key, None)
+            raise
+
+    async def _give_up_arrivals(self) -> None:
+        arrivals = [task for task in self._arrivals.values() if not task.done()]
+        self._arrivals.clear()
+        if arrivals:
+            self._receiver.cancel()
+            await asyncio.wait(arrivals)
+
+    async def _stage(self, offer: Offer) -> _Fetched:
+        """A second copy, verified; of an adapter, that of the model with it merged in."""
+        began = time.perf_counter()
+        intake = Intake(offer.version, offer.kind)
+        manifest = await asyncio.to_thread(self._fetch, offer, intake)
+        tensors = intake.commit(manifest)
+        if offer.kind == "adapter":
+            manifest, tensors = await asyncio.to_thread(self._merge, manifest, tensors)
+        return _Fetched(manifest, tensors, time.perf_counter() - began)
+
+    def _merge(self, manifest: Manifest, adapter: Tensors) -> tuple[Manifest, Tensors]:
+        """A full version of an adapter. Raises TransferError."""
+        if self._merger is None:
+            raise TransferError(f"version {manifest.version} is an adapter; {self.name} was started without learner.lora")
+        try:
+            return replace(manifest, kind="full"), self._merger.full(adapter)
+        except ValueError as error:
+            raise TransferError(f"version {manifest.version}: {error}") from error
+
+    async def _write(self, offer: Offer) -> _Fetched:
+        """Straight into the model, which pauses meanwhile."""
+        began = time.perf_counter()
+        arrived: list[Manifest] = []
+
+        def source(write: Callable[[list[tuple[str, torch.Tensor]]], None]) -> Manifest:
+            intake = Intake(offer.version, offer.kind, write=write)
+            manifest = self._fetch(offer, intake)
+            intake.commit(manifest)
+            arrived.append(manifest)
+            return manifest
+
+        with self._exit_when_dead():
+            pause_s = await self.engine.install_in_place(offer.version, source)
+        return _Fetched(arrived[0], [], time.perf_counter() - began, pause_s)
+
+    def _fetch(self, offer: Offer, intake: Intake) -> Manifest:
+        """All buckets of a version, into ``intake``. Runs in a thread."""
+
+        def put(bucket: Bucket, data: Data) -> None:
+            intake.put(bucket, data)
             self._received += 1
-        return staging.commit()
+
+        return self._receiver_of(offer).receive(offer, time.monotonic() + self.config.weights.deadline_s, put)
+
+    def _receiver_of(self, offer: Offer) -> Receiver:
+        """A snapshot comes through the object store whatever the transport."""
+        return self._receiver if offer.transport == self._transport else self._snapshots
 
     # ---------------------------------------------------------------- the rest
 
@@ -188,11 +321,12 @@ class GeneratorActor:
             raise
 
     async def stats(self) -> dict[str, Any]:
-        """running_groups, running_sequences, waiting_sequences, tokens, version, received (buckets of weights), pid."""
+        """``Engine.stats``, and received (buckets of weights), pid."""
         return {**self.engine.stats(), "received": self._received, "pid": os.getpid()}
 
     async def close(self) -> None:
         """Stops the engine and its processes."""
+        self._receiver.close()
         if self._engine is not None:
             await self._engine.close()
             self._engine = None

@@ -3,7 +3,7 @@
     driver                      rank 0 .. R-1 (max_restarts=0: one dies, the whole group is restarted)
     LearnerGroup.step(plans) -> resolve payloads, train in lockstep   -> reports, merged into metrics
     LearnerGroup.score(answers) -> log-probs, each rank a share       -> one array per answer
-    LearnerGroup.publish     -> all walk the weights, rank 0 ray.puts -> (manifest, one reference per bucket)
+    LearnerGroup.publish     -> all walk the weights, rank 0 sends    -> an offer for the generators
     LearnerGroup.save / load -> all take part                         -> files
 
 Every call has a deadline and every failure is a RunError that names the rank. A rank that dies or freezes leaves the
@@ -28,20 +28,21 @@ import numpy as np
 import ray
 import torch
 
-from actors import placement, weights, zero, zero_files
+from actors import placement, transports, weights, zero, zero_files
 from actors.calls import CallFailed, Calls, Pending
 from actors.reference import FrozenReference
+from actors.transports import Member, Offer, Published, Sender
 from actors.zero import check_overrides
-from hapo_async import inject
 from hapo_async.batch import StepPlan, share_out
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
-from hapo_async.inject import Sequence as TokenSequence
 from hapo_async.learner.learn import Learner, check_needs, needs_of
 from hapo_async.learner.progress import Progress
 from hapo_async.learner.tally import RankReport, merge
+from hapo_async.sequences import Sequence as TokenSequence
+from hapo_async.sequences import materialise
 from hapo_async.types import Group, Version
-from hapo_async.weights import Manifest
+from hapo_async.weights import TransferError
 
 __all__ = ["LearnerGroup", "LearnerRank", "check_overrides"]
 
@@ -79,6 +80,7 @@ class LearnerRank:
         self.rank, self.world_size = rank, world_size
         self.config, self.model_path, self.device, self.needs = config, model_path, device, needs
         self._listener: socket.socket | None = None
+        self._senders: dict[str, Sender] = {}
         self.progress = Progress()
 
     @ray.method(concurrency_group="control")
@@ -147,15 +149,41 @@ class LearnerRank:
             [
                 sequence
                 for index, train in enumerate(mini)
-                for sequence in inject.materialise(train, payloads.get(train.payload), index=index)
+                for sequence in materialise(train, payloads.get(train.payload), index=index)
             ]
             for mini in plan.minis
         ]
 
+    def announce(self, version: Version, members: list[Member], transport: str) -> Offer | None:
+        """Rank 0, before ``publish``: what ``members`` need to fetch a version while it is gathered. A transport that cannot
+        say makes the publish fail, not the learner."""
+        try:
+            return self._sender(transport).announce(version, self._kind, members)
+        except TransferError as error:
+            log.warning("version %s cannot be announced: %s", version, error)
+            return None
+
+    @ray.method(concurrency_group="control")
+    def admit(self, members: list[Member]) -> None:
+        """Rank 0: lets more generators fetch what is there."""
+        for sender in list(self._senders.values()):
+            sender.admit(members)
+
     @_told
-    def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]] | None:
-        """Walks the weights; rank 0 puts them into the object store."""
-        return weights.publish(self.backend, version, self.config.weights.bucket_bytes)
+    def publish(self, version: Version, transport: str) -> Published | None:
+        """Walks the weights; rank 0 sends them."""
+        sender = self._sender(transport) if self.rank == 0 else None
+        return weights.publish(self.backend.streamed, version, self.config.weights.bucket_bytes, sender, self._kind)
+
+    @property
+    def _kind(self) -> str:
+        return "adapter" if self.config.learner.lora else "full"
+
+    def _sender(self, transport: str) -> Sender:
+        if transport not in self._senders:
+            address, deadline_s = ray.util.get_node_ip_address(), self.config.weights.deadline_s
+            self._senders[transport] = transports.sender(transport, self.device, address, deadline_s)
+        return self._senders[transport]
 
     @ray.method(concurrency_group="data")
     def prefetch(self, refs: list[ray.ObjectRef]) -> int:
@@ -184,6 +212,8 @@ class LearnerRank:
         self.learner.load_state(zero_files.load_state(self.backend, Path(folder) / "state"))
 
     def close(self) -> None:
+        for sender in self._senders.values():
+            sender.close()
         zero.leave()
 
 
@@ -196,10 +226,16 @@ class LearnerGroup:
     """The driver's handle. Any failure breaks it: its ranks are ended, and from then on every call raises RunError."""
 
     def __init__(
-        self, config: Config, ranks: Sequence[Any], slot: placement.Slot | None, needs: frozenset[str]
+        self,
+        config: Config,
+        ranks: Sequence[Any],
+        slot: placement.Slot | None,
+        needs: frozenset[str],
+        device: str = "cpu",
     ) -> None:
         self.config = config
         self.needs = needs
+        self.transport = config.transport(device == "cuda")
         self.ranks = list(ranks)
         self.slot = slot
         # On one node every object is at hand already.
@@ -239,7 +275,7 @@ class LearnerGroup:
             )
             for i in range(count)
         ]
-        group = cls(config, ranks, slot, needs)
+        group = cls(config, ranks, slot, needs, cluster.device)
         began = time.monotonic()
         ip, port = (await group._call("listen", [()], START_S, ranks=ranks[:1]))[0]
         pids = await group._call("start", [(ip, port)] * count, START_S)
@@ -275,18 +311,34 @@ class LearnerGroup:
         """Another algorithm, its options, another learning rate and schedule, on the same ranks and weights; optimizer
         moments stay. Raises ConfigError for what this learner was not started with."""
         check_needs(config, "reference" in self.needs, "value" in self.needs)
-        fixed = ("ranks", "zero_stage", "dtype", "gradient_checkpointing")
+        fixed = ("ranks", "zero_stage", "dtype", "gradient_checkpointing", "lora")
         changed = [name for name in fixed if getattr(config.learner, name) != getattr(self.config.learner, name)]
         if changed:
             raise ConfigError(f"learner.{changed[0]} cannot change on a running learner; start another one.")
         await self._call("configure", [(config,)] * len(self.ranks), self.config.learner.deadline_s)
         self.config = config
 
-    async def publish(self, version: Version) -> tuple[Manifest, list[ray.ObjectRef]]:
-        """The current weights as ``version``: manifest, and a reference per bucket (owned by rank 0)."""
-        answers = await self._call("publish", [(version,)] * len(self.ranks), self.config.learner.deadline_s)
+    async def announce(self, version: Version, members: Sequence[Member]) -> Offer | None:
+        """The current weights are about to be published as ``version``: what generators need to fetch them meanwhile, or None
+        where there is nothing to fetch before ``publish`` has ended. Raises RunError."""
+        told: list[Offer | None] = await self._call(
+            "announce", [(version, list(members), self.transport)], self.config.learner.deadline_s, ranks=self.ranks[:1]
+        )
+        return told[0]
+
+    async def admit(self, members: Sequence[Member]) -> None:
+        """Lets generators that came after ``announce`` fetch the newest version, where the transport can. Raises RunError."""
+        deadline_s = self.config.learner.deadline_s
+        await self._call("admit", [(list(members),)], deadline_s, ranks=self.ranks[:1])
+
+    async def publish(self, version: Version, transport: str = "") -> Published:
+        """Sends the current weights as ``version``, by the configured transport or another one. A failed transfer is a
+        result; RunError means that the learner failed."""
+        call = (version, transport or self.transport)
+        answers = await self._call("publish", [call] * len(self.ranks), self.config.learner.deadline_s)
         assert answers[0] is not None
-        return answers[0]
+        published: Published = answers[0]
+        return published
 
     def prefetch(self, refs: Sequence[Any]) -> None:
         """Asks all ranks to bring these objects to their nodes, beside whatever they do. Nobody waits for it."""

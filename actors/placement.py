@@ -6,6 +6,7 @@ On a cluster without GPUs the actors share the CPUs that are there.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -19,7 +20,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hapo_async.errors import RunError
@@ -31,6 +37,13 @@ ACTOR_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+SPARE, SPARES = "spare", 64
+"""A resource of a Ray that is started here, without an autoscaler: places for generators that are added to a run on CPUs. They
+compete with the others for the cores that there are. GPUs are never made up."""
+
+_LOOK_S = 1.0  # how long a thread waits for a placement group before it looks whether anybody still wants it
 
 
 class LocalRay:
@@ -46,6 +59,7 @@ class LocalRay:
         ray.init(
             address="local",
             num_cpus=num_cpus,
+            resources={SPARE: SPARES},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -180,18 +194,58 @@ def reserve(
     cluster: Cluster, bundles: int, cpu_share: float, name: str, *, one_node: bool = False, timeout_s: float = 120.0
 ) -> Slot:
     """Reserves ``bundles`` equal bundles on few nodes, or on one. Raises RunError when the cluster cannot give them in time."""
-    gpus = 1.0 if cluster.device == "cuda" else 0.0
-    shape = {"CPU": cpu_share, **({"GPU": gpus} if gpus else {})}
-    group = placement_group(
-        [shape] * bundles, strategy="STRICT_PACK" if one_node else "PACK", name=f"{name}-{os.getpid()}"
-    )
-    if not group.wait(timeout_s):
-        remove_placement_group(group)
+    slot = _ask(cluster, bundles, cpu_share, name, one_node)
+    if not slot.group.wait(timeout_s):
+        slot.release()
         raise RunError(
-            f"{name}: {bundles} x {shape} not available within {timeout_s:.0f} s on a cluster of {cluster.cpus:g} CPUs and "
-            f"{cluster.gpus:g} GPUs. Lower generator.count or learner.ranks, or add nodes."
+            f"{_shortage(cluster, slot, bundles, name, timeout_s)} Lower generator.count or learner.ranks, or add nodes."
         )
-    return Slot(group, cpu_share, gpus)
+    return slot
+
+
+async def reserve_beside(cluster: Cluster, bundles: int, cpu_share: float, name: str, timeout_s: float) -> Slot:
+    """``reserve`` on one node while other things go on: what waits makes an autoscaler add nodes. On CPUs of a Ray that was
+    started here it takes spare places. Nothing stays reserved when this is cancelled. Raises RunError."""
+    spare = cluster.device == "cpu" and SPARE in ray.cluster_resources()
+    slot = _ask(cluster, bundles, 0.0 if spare else cpu_share, name, one_node=True)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not await asyncio.to_thread(slot.group.wait, _LOOK_S):
+            if time.monotonic() > deadline:
+                raise RunError(_shortage(cluster, slot, bundles, name, timeout_s))
+    except BaseException:
+        slot.release()
+        raise
+    return slot
+
+
+def _ask(cluster: Cluster, bundles: int, cpu_share: float, name: str, one_node: bool) -> Slot:
+    gpus = 1.0 if cluster.device == "cuda" else 0.0
+    strategy = "STRICT_PACK" if one_node else "PACK"
+    shapes = [_shape(cpu_share, gpus)] * bundles
+    return Slot(placement_group(shapes, strategy=strategy, name=f"{name}-{os.getpid()}"), cpu_share, gpus)
+
+
+def _shape(cpus: float, gpus: float) -> dict[str, float]:
+    """Of a bundle."""
+    if not cpus:
+        return {SPARE: 1.0}
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+
+
+def _shortage(cluster: Cluster, slot: Slot, bundles: int, name: str, waited_s: float) -> str:
+    return (
+        f"{name}: {bundles} x {_shape(slot.cpus, slot.gpus)} not available within {waited_s:.0f} s on a cluster of "
+        f"{cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs."
+    )
+
+
+def is_whole(slot: Slot) -> bool:
+    """Whether all bundles of a slot are there: False once a node of it is lost."""
+    try:
+        return bool(placement_group_table(slot.group)["state"] == "CREATED")
+    except (KeyError, ray.exceptions.RayError):
+        return False
 
 
 def cpu_share(cluster: Cluster, actors: int) -> float:

@@ -12,6 +12,7 @@ import os
 import zlib
 from typing import Any
 
+from actors.vllm_lifeline import Lifeline
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError
 
@@ -31,6 +32,7 @@ OWNED = {
     "worker_extension_cls": "",
     "enable_sleep_mode": "generator.placement",
     "trust_remote_code": "",
+    "additional_config": "",
 }
 CPU_KV_BYTES = 256 << 20
 CPU_ENVIRONMENT = {
@@ -96,13 +98,21 @@ def all_args(config: Config, model_path: str, device: str, name: str) -> dict[st
         "seed": zlib.crc32(f"{config.seed}/{name}".encode()) & 0x7FFFFFFF,
         "tensor_parallel_size": g.tensor_parallel,
         "pipeline_parallel_size": g.pipeline_parallel,
-        # Several ranks: vLLM's Ray workers take the bundles of this actor's placement group.
-        "distributed_executor_backend": "ray" if g.width > 1 else None,
+        "distributed_executor_backend": _executor(g.width, device),
         "logprobs_mode": "processed_logprobs",  # the distribution that was sampled from, after temperature
         "generation_config": "vllm",  # no sampling defaults from the model's folder
         "skip_tokenizer_init": True,
         "weight_transfer_config": {"backend": "hapo_file"},
         "worker_extension_cls": "actors.vllm_transfer.WorkerExtension",
+        "additional_config": {"lifeline": Lifeline("to the generator")},
         # On CPUs vLLM cannot sleep, and refuses to be asked for it.
         "enable_sleep_mode": g.placement == "colocated" and device == "cuda",
     }
+
+
+def _executor(ranks: int, device: str) -> str | None:
+    """Several ranks: on GPUs vLLM's Ray workers take the bundles of this actor's placement group; on CPUs they are
+    processes of the engine's own, on this node."""
+    if ranks == 1:
+        return None
+    return "mp" if device == "cpu" else "ray"

@@ -6,16 +6,13 @@ registers the transfer engine. The generator writes the file into shared memory 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -24,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
 BACKEND = "hapo_file"
 EXTENSION = "actors.vllm_transfer.WorkerExtension"
@@ -52,6 +50,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         pass
 
     def start_weight_update(self) -> None:
+        _forget_unfinished(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -76,6 +75,15 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         pass
 
 
+def _forget_unfinished(model: Any) -> None:
+    """Puts layers back that an update which failed had begun: what had arrived for them must not count for the next."""
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load() and info.kernel_tensors is not None:
+            _place_kernel_tensors(layer, info)
+            info.reset()
+
+
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt", device="cpu") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -83,18 +91,23 @@ def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class WorkerExtension:
-    """Adds nothing to the worker; naming it makes vLLM import this module there."""
+    """What this package asks of a worker besides. Naming it makes vLLM import this module there."""
 
+    def abandon_weight_update(self: Any) -> None:
+        """Forgets an update that failed before its end, on this rank or on another, so that the next can start."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
 
-def _die_with_parent() -> None:
-    """Ends this process as soon as the generator that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
+    def allocate_stage_inputs(self: Any) -> None:
+        """What a later pipeline stage receives its inputs in. vLLM allocates it in a warm-up that CPUs do without."""
+        runner = self.model_runner
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
-threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
 if not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported():
     torch.cpu._init_amx()  # bfloat16 kernels on AMX machines otherwise end the process with SIGILL

@@ -7,15 +7,15 @@ all-gather for ever, so a failing sink is remembered and the walk goes on to its
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-import numpy as np
-import ray
 import torch
 
+from actors.transports import Published, Sender
 from hapo_async.types import Version
-from hapo_async.weights import Bucket, Manifest, pack
+from hapo_async.weights import Bucket, Data, Manifest, TransferError, pack
 
 
 class Gatherer(Protocol):
@@ -28,18 +28,39 @@ class Gatherer(Protocol):
     def gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]: ...
 
 
-Sink = Callable[[Bucket, np.ndarray], None]
+Sink = Callable[[Bucket, Data], None]
 
 
-def publish(gatherer: Gatherer, version: Version, bucket_bytes: int) -> tuple[Manifest, list[ray.ObjectRef]] | None:
-    """Puts all weights into the Ray object store, a reference per bucket; None on ranks other than 0. A collective."""
-    refs: list[ray.ObjectRef] = []
-    buckets = stream(gatherer, bucket_bytes, lambda _, data: refs.append(ray.put(data)))
-    return None if buckets is None else (Manifest(version, tuple(buckets)), refs)
+def publish(
+    gatherer: Gatherer, version: Version, bucket_bytes: int, sender: Sender | None, kind: str = "full"
+) -> Published | None:
+    """Walks the weights and sends them. A collective; sender: on rank 0, None elsewhere. None on the other ranks.
+
+    A transfer that fails is a result: the learner is as well as before.
+    """
+    began = time.monotonic()
+
+    def send(bucket: Bucket, data: Data) -> None:
+        assert sender is not None
+        if bucket.index == 0:  # here, so that a failure does not keep this rank from the walk
+            sender.begin(version, kind)
+        sender.send(bucket, data)
+
+    try:
+        buckets = stream(gatherer, bucket_bytes, send, sender is not None and sender.on_device)
+        if buckets is None or sender is None:
+            return None
+        manifest = Manifest(version, tuple(buckets), kind)
+        return Published(sender.commit(manifest), "", manifest.nbytes, time.monotonic() - began)
+    except TransferError as error:
+        assert sender is not None
+        sender.abort(str(error))
+        return Published(None, str(error), 0, time.monotonic() - began)
 
 
-def stream(gatherer: Gatherer, bucket_bytes: int, sink: Sink) -> list[Bucket] | None:
-    """Walks all weights; on rank 0 hands every bucket to ``sink`` and returns what the buckets hold, elsewhere None.
+def stream(gatherer: Gatherer, bucket_bytes: int, sink: Sink, on_device: bool = False) -> list[Bucket] | None:
+    """Walks all weights; on rank 0 hands every bucket to ``sink``, in host memory or ``on_device`` where the parameters are,
+    and returns what the buckets hold, elsewhere None.
 
     Raises what the sink raised, after the walk's end.
     """
@@ -49,7 +70,7 @@ def stream(gatherer: Gatherer, bucket_bytes: int, sink: Sink) -> list[Bucket] | 
         return None
     buckets = []
     try:
-        for bucket, data in pack(tensors, bucket_bytes):
+        for bucket, data in pack(tensors, bucket_bytes, on_device):
             sink(bucket, data)
             buckets.append(bucket)
     finally:

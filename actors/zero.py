@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
+from hapo_async import lora
 from hapo_async.batch import MicroBatch
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError
 from hapo_async.learner.backend import Update, set_optimizer
-from hapo_async.learner.policy import PolicyModel, adamw, load_policy
+from hapo_async.learner.policy import adamw, load_policy
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +213,10 @@ class ZeroBackend:
         policy = load_policy(
             model_path, config, dtype=dtype, device=None if self._hf else device, with_value=with_value
         )
-        optimizer = _optimizer(policy, config, tree, device)
+        self.lora = lora.Lora.of(config)
+        self.targets = lora.attach(policy.model, self.lora, config.seed) if self.lora else ()
+        self._dropouts = lora.dropouts(policy.model)
+        optimizer = _optimizer([p for p in policy.parameters() if p.requires_grad], config, tree, device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=tree, dist_init_required=False
         )
@@ -228,6 +232,8 @@ class ZeroBackend:
         self.moved: Callable[[], None] = lambda: None  # called whenever something was done
 
     def forward(self, micro: MicroBatch, **wanted: Any) -> torch.Tensor:
+        for dropout in self._dropouts:  # what is scored without gradient is scored by the whole adapter
+            dropout.train(torch.is_grad_enabled())
         return self.engine(micro, **wanted)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -289,8 +295,13 @@ class ZeroBackend:
         return self.device.type == "cuda" and self.stage == 3 and not offloaded
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Hugging Face names, tied weights once."""
+        """Hugging Face names, tied weights once. With LoRA: peft's names, the frozen weights among them."""
         return self.policy.model.named_parameters()
+
+    @property
+    def streamed(self) -> ZeroBackend | AdapterView:
+        """What generators are sent the parameters of (an ``actors.weights.Gatherer``)."""
+        return AdapterView(self) if self.lora else self
 
     @contextlib.contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
@@ -305,16 +316,35 @@ class ZeroBackend:
             yield
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's own state (each rank its shard) in ``folder``; a collective."""
-        self.engine.save_checkpoint(str(folder), tag="zero")
+        """DeepSpeed's own state (each rank its shard) in ``folder``, frozen weights left out; a collective."""
+        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=self.lora is not None)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Restores what ``save`` wrote, or its conversion to DeepSpeed's universal format; a collective."""
         self.engine._config.load_universal_checkpoint = universal
-        path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        path, _ = self.engine.load_checkpoint(
+            str(folder), tag="zero", load_lr_scheduler_states=False, load_module_strict=self.lora is None
+        )
         self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """A backend's adapter without the frozen weights, under the names that peft saves it by."""
+
+    backend: ZeroBackend
+
+    @property
+    def rank(self) -> int:
+        return self.backend.rank
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return lora.streamed(self.backend.named_parameters())
+
+    def gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        return self.backend.gathered(parameters)
 
 
 class _NormBound:
@@ -355,11 +385,13 @@ class _NormBound:
         return [n * math.inf for n in norms] if isinstance(norms, list) else norms * math.inf
 
 
-def _optimizer(policy: PolicyModel, config: Config, tree: dict[str, Any], device: str) -> torch.optim.Optimizer:
+def _optimizer(
+    trained: list[torch.nn.Parameter], config: Config, tree: dict[str, Any], device: str
+) -> torch.optim.Optimizer:
     offload = tree["zero_optimization"].get("offload_optimizer") or {}
     if device == "cuda" and isinstance(offload, dict) and offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised; compiled on first use
 
         c = config.learner
-        return DeepSpeedCPUAdam(policy.parameters(), lr=c.lr, **c.adamw)
-    return adamw(policy.parameters(), config, fused=device == "cuda")
+        return DeepSpeedCPUAdam(trained, lr=c.lr, **c.adamw)
+    return adamw(trained, config, fused=device == "cuda")

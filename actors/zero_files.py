@@ -16,11 +16,13 @@ import torch
 
 from actors import weights
 from actors.zero import ZeroBackend
+from hapo_async import lora
 from hapo_async.errors import RunError
 
 
 def save_model(backend: ZeroBackend, folder: Path, source: str, stretch_bytes: int) -> None:
-    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. Rank 0 holds one whole copy meanwhile."""
+    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. Rank 0 holds one whole copy meanwhile. A LoRA
+    policy is merged, and its adapter lies beside it in peft's format."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in weights.walk(backend, stretch_bytes):
         if backend.rank == 0:
@@ -28,6 +30,9 @@ def save_model(backend: ZeroBackend, folder: Path, source: str, stretch_bytes: i
     failure: Exception | None = None
     if backend.rank == 0:
         try:
+            if backend.lora:
+                state, adapter = lora.taken_apart(state, backend.lora.scale)
+                lora.write(folder / lora.ADAPTER, adapter, backend.lora, backend.targets, source)
             _write_model(backend.policy.model, state, folder, source)
         except Exception as error:  # the others wait at the barrier: raise only behind it
             failure = error
@@ -53,6 +58,7 @@ def save_state(backend: ZeroBackend, folder: Path, rank_state: dict[str, Any]) -
             "ranks": backend.world_size,
             "zero_stage": backend.stage,
             "critic": backend.policy.value_head is not None,
+            "lora": _lora(backend),
             "deepspeed": _deepspeed_version(),
         }
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -65,7 +71,7 @@ def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
     """Restores weights and optimizer; returns this rank's own state (rank 0's, where fewer ranks wrote it).
 
     What another number of ranks wrote is first converted to DeepSpeed's universal format, next to the checkpoint's
-    folder. Raises RunError for another ZeRO stage, for a critic on one side only, and for a failed conversion.
+    folder. Raises RunError for another ZeRO stage or adapter, for a critic on one side only, and for a failed conversion.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["zero_stage"] != backend.stage:
@@ -80,6 +86,11 @@ def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
             f"the checkpoint {folder.parent} was written {'with' if had else 'without'} a critic, and this run has "
             f"{'one' if has else 'none'}. Resume with the algorithm and options that wrote it, or start a new run with "
             f"model={folder.parent / 'model'}."
+        )
+    if meta.get("lora") != _lora(backend):
+        raise RunError(
+            f"the checkpoint {folder.parent} was written with learner.lora={meta.get('lora') or {}}, this run has "
+            f"{_lora(backend) or {}}. Resume with the former, or start a new run with model={folder.parent / 'model'}."
         )
     if meta["ranks"] == backend.world_size:
         backend.load(folder)
@@ -110,6 +121,12 @@ def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
         _barrier(backend)
         if backend.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
+
+
+def _lora(backend: ZeroBackend) -> dict[str, Any] | None:
+    """What fixes an adapter's shape and meaning."""
+    settings = backend.lora
+    return settings and {"rank": settings.rank, "alpha": settings.alpha, "targets": sorted(backend.targets)}
 
 
 def _barrier(backend: ZeroBackend) -> None:

@@ -22,7 +22,7 @@ from hapo_async.errors import ConfigError
 from hapo_async.types import SUCCESS
 
 if TYPE_CHECKING:
-    from hapo_async.inject import TrainGroup
+    from hapo_async.sequences import TrainGroup
 
 WHITEN_EPS = 1e-8
 

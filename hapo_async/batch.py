@@ -22,7 +22,7 @@ from hapo_async.reduction import Normaliser
 from hapo_async.types import Source, Version
 
 if TYPE_CHECKING:
-    from hapo_async.inject import Sequence, TrainGroup
+    from hapo_async.sequences import Sequence, TrainGroup
 
 Layout = Literal["padded", "packed"]
 

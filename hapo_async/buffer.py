@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hapo_async.errors import RunError
-from hapo_async.inject import TrainGroup
+from hapo_async.sequences import TrainGroup
 from hapo_async.types import GatedGroup, GroupHeader, GroupKey
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hapo_async import inject
+from hapo_async import sequences
 from hapo_async.scoring import Pair
-from hapo_async.types import Prompt, Source
+from hapo_async.types import Prompt
 
 PROMPTS = 8
 LONGEST = 512  # tokens of one sequence, prompt included
@@ -52,23 +52,9 @@ def _pair(prompt: Prompt, with_teacher: bool, max_tokens: int) -> Pair:
     return context, solution[: min(max_tokens, LONGEST - len(context))]
 
 
-def sequence(pair: Pair) -> inject.Sequence:
+def sequence(pair: Pair) -> sequences.Sequence:
     """The same tokens as the learner scores them."""
-    prompt, tokens = pair
-    return inject.Sequence(
-        prompt_tokens=prompt,
-        tokens=tokens,
-        sources=np.full(len(tokens), int(Source.POLICY), np.int8),
-        logp_behave=np.full(len(tokens), np.nan, np.float32),
-        version_steps=np.full(len(tokens), -1, np.int32),
-        advantage=0.0,
-        reward=0.0,
-        judged=False,
-        is_teacher=False,
-        temperature=1.0,
-        group=0,
-        confidence=0.0,
-    )
+    return sequences.to_score(*pair)
 
 
 def compare(learner: Sequence[np.ndarray], generator: Sequence[np.ndarray]) -> Gap:

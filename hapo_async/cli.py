@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hapo_async import __version__
 from hapo_async.errors import ConfigError, RunError, UserError
+from hapo_async.words import plural
 
 app = typer.Typer(
     name="hapo-async",
@@ -68,6 +69,10 @@ def train(
         out.print(configs.to_yaml(prepared.config), markup=False)
         for line in plan.describe(prepared.config, prepared.model_path, prepared.tokenizer, prepared.prompts[0]):
             out.print(line, markup=False)
+        if prepared.algorithm.offline:
+            from hapo_async.driver import offline as cached
+
+            out.print(cached.preview(prepared), markup=False)
         return
     _train(prepared)
 
@@ -122,7 +127,7 @@ def _train(prepared: Any) -> None:
 
 
 def _print_outcome(outcome: Any, rows: list[tuple[str, float | None, float]]) -> None:
-    out.print(f"\n{outcome.steps} steps in {outcome.seconds:.0f} s")
+    out.print(f"\n{plural(outcome.steps, 'step')} in {outcome.seconds:.0f} s")
     if not outcome.seconds:
         out.print("the run was complete already: nothing was trained")
     if outcome.note:
@@ -161,7 +166,8 @@ def evaluate_model(
 
     loaded = load(names[0])
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"eval": data})})
-    given = {text.partition("=")[0].removeprefix("eval.") for text in overrides or []} | ({"n"} if n else set())
+    chosen = configs.overridden(overrides or []).get("eval") or {}
+    given = {*chosen, *(chosen.get("sampling") or {}), *(["n"] if n else [])}
     for note in protocols.notes(preset, names, given) if preset else ():
         err.print(f"note: {note}", markup=False)
     from hapo_async.driver import standalone
@@ -238,12 +244,37 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: 
     if as_json:
         out.print_json(json.dumps(state))
         return
+    if "step" not in state:
+        answers = state["answers"]
+        out.print(f"{state['state']}: answers to {answers['done']} of {plural(answers['of'], 'prompt')}")
+        out.print(answers["folder"], markup=False)
+        return
     out.print(f"{state['state']}: step {state['step']} of {state['steps']}, version {state['version']}")
     out.print("ledger: " + ", ".join(f"{k} {v}" for k, v in state["ledger"].items()))
     for g in state["generators"]:
-        out.print(f"{g['name']}: {g['state']}, serves {g['version']}, {g['groups']} groups")
+        out.print(f"{g['name']}: {g['state']}, serves {g['version']}, {plural(g['groups'], 'group')}")
+    if told := state.get("scaling"):
+        wanted = ", ".join(f"{key}={count}" for key, count in told["wanted"].items())
+        out.print(f"scale {wanted}: {told['state']}: {told['line']}", markup=False)
     if state["advice"]:
         out.print(state["advice"], markup=False)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
+    wanted: Annotated[list[str], typer.Argument(help="generators=N, verifiers=M or both.", show_default=False)],
+    drain_deadline: Annotated[
+        float, typer.Option(help="Seconds that one which leaves has for what it is sampling; the rest goes on elsewhere.")
+    ] = 60.0,
+    wait: Annotated[float, typer.Option(help="Seconds until what has not been achieved is given up.")] = 600.0,
+) -> None:
+    """Change the number of generators and verifiers of a live run."""
+    from hapo_async import control
+
+    request = control.new_request(wanted, drain_deadline, wait)
+    control.submit(run, request)
+    control.follow(run, request, lambda line: out.print(line, markup=False))
 
 
 @app.command("check-data")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hapo_async.errors import RunError
+from hapo_async.in_place import Source, Tensors, pour
 from hapo_async.rows import Sampled
 from hapo_async.sampler import Sampler
 from hapo_async.scoring import Pair
@@ -26,9 +27,13 @@ from hapo_async.slot_cache import ATTENTION
 from hapo_async.types import GroupKey, GroupRequest, Version
 from hapo_async.weights import Manifest, TransferError
 
+__all__ = ["Engine", "EngineDead", "EngineError", "Lengths", "Source", "TransformersEngine"]
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SCORE_S = 30.0  # weights wait for what is being scored, and scores for weights that arrive, so both have an end
 
 Lengths = dict[GroupKey, tuple[int, ...]]
 """Tokens so far of each answer, resumed prefixes included, by group."""
@@ -43,9 +48,15 @@ class EngineDead(EngineError):
 
 
 class Engine(Protocol):
-    """What both engines do. All coroutines belong to one event loop, which they never block."""
+    """What both engines do. All coroutines belong to one event loop, which they never block.
 
-    version: Version
+    An update that fails after its first write leaves the weights torn: requests are taken and kept, nothing is sampled or
+    scored, until a full update succeeds.
+    """
+
+    @property
+    def version(self) -> Version:
+        """The version that was installed last."""
 
     async def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Enqueues groups, all or none (the transformers engine: in one step). Raises EngineError."""
@@ -54,7 +65,13 @@ class Engine(Protocol):
         """Waits for a group and hands it out, once. Raises EngineError when the key is unknown, aborted or lost."""
 
     async def install(self, manifest: Manifest, staged: Sequence[tuple[str, torch.Tensor]]) -> float:
-        """Pauses, swaps the weights, resumes; returns the seconds of the pause. On an error the old version serves on."""
+        """Pauses, swaps the weights, resumes; returns the seconds of the pause. Raises TransferError: the old version serves
+        on, unless the weights are torn."""
+
+    async def install_in_place(self, version: Version, source: Source) -> float:
+        """Writes a full version as ``source`` delivers it: pauses at its first bucket, resumes after the last; returns the
+        seconds of the pause. Raises what ``source`` raises, and TransferError for what does not fit the model. From the
+        first write on a failure leaves the weights torn."""
 
     async def truncate(self, keys: Sequence[GroupKey]) -> Lengths:
         """Ends running answers now, with finish_reason "length" and at least one token each. Unknown keys are ignored.
@@ -64,9 +81,15 @@ class Engine(Protocol):
         """Forgets groups; whoever collects them gets an EngineError. Unknown keys are ignored. Returns how long the
         answers of the others were."""
 
+    async def hand_over(self, keys: Sequence[GroupKey]) -> list[Sampled]:
+        """Ends groups now and gives them out as they are, in the order of ``keys``, to be resumed as ``prefixes`` elsewhere:
+        unfinished answers have finish_reason "abort" and may be empty. Whoever collects these groups gets an EngineError.
+        Unknown keys are ignored."""
+
     async def score(self, sequences: Sequence[Pair]) -> tuple[Version, list[np.ndarray]]:
         """(version, float32 [T] per sequence): log-probs at temperature 1 of its tokens after its prompt tokens, all under
-        that one version, while sampling goes on. Raises EngineError for what does not fit and while the engine sleeps."""
+        that one version, while sampling goes on. Raises EngineError for what does not fit, while the engine sleeps, and for
+        torn weights."""
 
     async def sleep(self) -> None:
         """Frees what it can for somebody else on the same device, until ``wake``. Raises EngineError while groups are in
@@ -77,7 +100,8 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """running_groups, running_sequences, waiting_sequences, tokens (sampled since the start, running answers and
-        those that were aborted included: it moves with every decode step), version."""
+        those that were aborted included: it moves with every decode step), version, torn (1.0 or 0.0), engine_pids
+        (processes of the engine besides this one, the one that others depend on first)."""
 
     async def close(self) -> None:
         """Stops the engine and everything it started."""
@@ -106,10 +130,20 @@ class Mailbox:
     async def take(self, key: GroupKey) -> Sampled:
         if key not in self._slots:
             raise EngineError(f"group {key} is not here: never submitted, already collected, or aborted")
+        slot = self._slots[key]
         # Shielded: a collector that gives up does not destroy the result.
-        result = await asyncio.shield(self._slots[key])
-        self._slots.pop(key, None)
+        result = await asyncio.shield(slot)
+        if self._slots.get(key) is not slot:
+            raise EngineError(f"group {key} is not here any more: collected, aborted or handed over meanwhile")
+        del self._slots[key]
         return result
+
+    def withdraw(self, keys: Sequence[GroupKey], error: Exception) -> list[Sampled]:
+        """``close``, which returns the results that were there."""
+        slots = [self._slots[k] for k in keys if k in self._slots]
+        found = [s.result() for s in slots if s.done() and not s.exception()]
+        self.close(keys, error)
+        return found
 
     def lengths(self, keys: Sequence[GroupKey]) -> Lengths:
         """Of those groups that are complete and wait to be taken."""
@@ -136,10 +170,13 @@ def check_manifest(manifest: Manifest, installed: Version) -> None:
     """Raises TransferError for what an engine cannot apply: another kind than full, or an older version."""
     if manifest.kind != "full":
         raise TransferError(f"version {manifest.version} is a {manifest.kind}; engines install full versions")
-    if manifest.version < installed:
-        raise TransferError(
-            f"version {manifest.version} is older than the installed {installed}; versions never go back"
-        )
+    check_version(manifest.version, installed)
+
+
+def check_version(version: Version, installed: Version) -> None:
+    """Raises TransferError for an older version."""
+    if version < installed:
+        raise TransferError(f"version {version} is older than the installed {installed}; versions never go back")
 
 
 def stop_ids(tokenizer: Any, model_config: Any, generation_config: Any = None) -> tuple[int, ...]:
@@ -174,6 +211,7 @@ class TransformersEngine:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._failure: EngineDead | None = None
+        self._still = asyncio.Lock()  # whoever holds it changes the weights
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -197,12 +235,36 @@ class TransformersEngine:
             start = time.perf_counter()
             try:
                 self._sampler.install(manifest.version, staged)
-            except ValueError as error:
-                raise TransferError(f"version {manifest.version}: {error}") from error
+            except Exception as error:
+                raise TransferError(f"version {manifest.version}: {error}{self._torn()}") from error
             self.version = manifest.version
             return time.perf_counter() - start
 
-        return await self._between_steps(swap)
+        async with self._still:
+            return await self._between_steps(swap)
+
+    async def install_in_place(self, version: Version, source: Source) -> float:
+        check_version(version, self.version)
+        began: list[float] = []
+
+        def write(tensors: Tensors) -> None:
+            began.append(time.perf_counter())
+            self._sampler.write(tensors)
+
+        def finish() -> float:
+            self._sampler.finish_install(version)
+            self.version = version
+            return time.perf_counter() - began[0]
+
+        async with self._still:
+            try:
+                await pour(version, source, self._sampler.model, lambda t: self._between_steps(lambda: write(t)))
+            except TransferError as error:
+                raise TransferError(f"version {version}: {error}{self._torn()}") from error
+            return await self._between_steps(finish)
+
+    def _torn(self) -> str:
+        return "; the weights are torn until a full update succeeds" if self._sampler.is_torn else ""
 
     async def truncate(self, keys: Sequence[GroupKey]) -> Lengths:
         found = await self._between_steps(lambda: self._sampler.truncate(keys))
@@ -214,10 +276,21 @@ class TransformersEngine:
         self._mailbox.close(keys, EngineError(f"groups {', '.join(map(str, keys))} were aborted"))
         return found
 
+    async def hand_over(self, keys: Sequence[GroupKey]) -> list[Sampled]:
+        moved = await self._between_steps(lambda: self._sampler.hand_over(keys))
+        error = EngineError(f"groups {', '.join(map(str, keys))} were handed over")
+        found = {s.request.key: s for s in [*self._mailbox.withdraw(keys, error), *moved]}
+        return [found[k] for k in keys if k in found]
+
     async def score(self, sequences: Sequence[Pair]) -> tuple[Version, list[np.ndarray]]:
         def score() -> tuple[Version, list[np.ndarray]]:
             return self._sampler.version, self._sampler.score(sequences)
 
+        try:
+            async with asyncio.timeout(SCORE_S), self._still:
+                pass  # what arrives in place is whole or torn after that
+        except TimeoutError:
+            raise EngineError(f"weights were still arriving after {SCORE_S:.0f} s; nothing was scored") from None
         return await self._refusing(score)
 
     async def sleep(self) -> None:
@@ -234,6 +307,8 @@ class TransformersEngine:
             "waiting_sequences": s.waiting,
             "tokens": s.tokens,
             "version": str(self.version),
+            "torn": float(s.is_torn),
+            "engine_pids": [],
         }
 
     async def close(self) -> None:
@@ -274,7 +349,7 @@ class TransformersEngine:
         """Carries out what is queued, waiting while there is nothing to decode. False: close."""
         while True:
             try:
-                command = self._commands.get(block=not self._sampler.has_work)
+                command = self._commands.get(block=not self._sampler.can_step)
             except queue.Empty:
                 return True
             if command is None:

@@ -17,17 +17,17 @@ CONFIDENCE_BINS = 10
 
 def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]:
     """Rewards, lengths, gate and composition of the trained groups, under the names of the registry. What the gate decided
-    is left out for algorithms without it."""
+    is left out for algorithms without it, and all of ``gate/`` for cached answers, which never meet it."""
     sampled = [g for g in groups if g.gated.judgements]
     injected = [g for g in groups if any(r.source is Source.TEACHER for r in g.train.rows)]
     rows, cached = [r for g in groups for r in g.train.rows], algorithm.offline
     out: dict[str, float] = {
-        "gate/injected": len(injected),
-        "gate/injected_frac": len(injected) / len(groups),
         "train/offline_frac": sum(cached or r.source is Source.TEACHER for r in rows) / max(1, len(rows)),
         "train/prompts": len(groups),
         "train/epoch": max(g.key.epoch for g in groups),
     }
+    if not cached:
+        out |= {"gate/injected": len(injected), "gate/injected_frac": len(injected) / len(groups)}
     if not sampled:
         return out
     rewards = [r for g in sampled if len(r := g.gated.rewards[g.gated.judged])]
@@ -47,16 +47,16 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
         "response/length_max": float(max(lengths)),
         "response/truncated_frac": float(np.mean([r == "length" for r in reasons])),
         "response/multi_version_frac": float(np.mean([g.header.oldest != g.header.newest for g in sampled])),
-        "gate/confidence": float(np.mean([d.confidence for d in gates])),
         **length_histogram("response/length_hist", lengths),
         **_components([j for g in sampled for j in g.gated.judgements]),
-        **histogram(gates),
         **(decisions(gates) if algorithm.uses_gate else {}),
-        "gate/degenerate": sum(
-            g.train.rollouts > 0 and all(r.reward >= SUCCESS for r in g.train.rows) for g in injected
-        ),
         "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
     }
+    if not cached:
+        right = [g.train.rollouts > 0 and all(r.reward >= SUCCESS for r in g.train.rows) for g in injected]
+        out["gate/degenerate"] = sum(right)
+        out["gate/confidence"] = float(np.mean([d.confidence for d in gates]))
+        out |= histogram(gates)
     return out
 
 

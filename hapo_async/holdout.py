@@ -10,6 +10,7 @@ from typing import Any
 
 from hapo_async.answers import MIXED, Entry
 from hapo_async.data.stream import keyed_order
+from hapo_async.words import plural
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Split:
     def text(self) -> str:
         """One line for people."""
         left = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items())
-        return f"{len(self.train)} prompts train, {len(self.held_out)} are held out; left out: {left or 'none'}"
+        train, held_out = len(self.train), len(self.held_out)
+        verbs = "trains" if train == 1 else "train", "is" if held_out == 1 else "are"
+        return f"{plural(train, 'prompt')} {verbs[0]}, {held_out} {verbs[1]} held out; left out: {left or 'none'}"
 
 
 @dataclass
@@ -60,7 +63,7 @@ class EarlyStop:
     def text(self) -> str:
         """Why the run ends, for people."""
         best = "none was a number" if self.best is None else f"its best, {self.best:.4g}, was at step {self.best_step}"
-        return f"the held-out loss has not improved for {self.waited} evaluations; {best}"
+        return f"the held-out loss has not improved for {plural(self.waited, 'evaluation')}; {best}"
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint; the patience is the configuration's."""

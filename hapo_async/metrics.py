@@ -228,6 +228,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("scale/generators", "", "Generators that are alive, one that is lent to an evaluation included."),
     ("scale/verifiers", "", "Verifiers that serve."),
     ("scale/learners", "", "Learner ranks."),
+    ("scale/restarts", "", "Generators and verifiers that had died and were started again."),
     ("watchdog/alarms", "", "Times in this step that an actor, or the whole run, stood still though it had work."),
     ("perf/mfu", "share", "Floating-point operations of learning over what the devices can do."),
     ("perf/memory_bytes", "bytes", "Peak memory of a learner rank."),

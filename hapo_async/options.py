@@ -14,8 +14,8 @@ from hapo_async.errors import ConfigError
 @dataclass(frozen=True)
 class Option:
     """One option. The kind of value follows from the default (bool, int, float, or one of ``choices``), or is ``kind``
-    where the default is None; then None stays allowed. low, high: bounds, inclusive unless ``low_open``. aliases: other
-    names."""
+    where the default is None; then None stays allowed. low, high: bounds, inclusive unless ``low_open`` or
+    ``high_open``. aliases: other names."""
 
     default: Any
     help: str
@@ -23,6 +23,7 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
+    high_open: bool = False
     kind: type | None = None
     aliases: tuple[str, ...] = ()
 
@@ -38,7 +39,8 @@ class Option:
         if math.isfinite(self.low):
             text += f" {'above' if self.low_open else 'of at least'} {self.low:g}"
         if math.isfinite(self.high):
-            text += f"{' and' if math.isfinite(self.low) else ''} at most {self.high:g}"
+            text += " and" if math.isfinite(self.low) else ""
+            text += f" {'below' if self.high_open else 'at most'} {self.high:g}"
         return text + (" or null" if self.default is None else "")
 
     def accepts(self, value: Any) -> bool:
@@ -52,7 +54,8 @@ class Option:
         if not isinstance(value, int | float) or not math.isfinite(value):
             return False
         above = value > self.low if self.low_open else value >= self.low
-        return above and value <= self.high and (kind is float or float(value).is_integer())
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and (kind is float or float(value).is_integer())
 
     def convert(self, value: Any) -> Any:
         """An accepted value in the option's own type: 1 becomes 1.0 where a number is meant."""

@@ -20,7 +20,7 @@ from hapo_async.types import SUCCESS, Source
 from hapo_async.upge import Segments, TokenBatch, wide
 
 if TYPE_CHECKING:
-    from hapo_async.inject import TrainGroup
+    from hapo_async.sequences import TrainGroup
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_async.evaluation import verdicts
-from hapo_async.inject import TrainGroup
+from hapo_async.sequences import TrainGroup
 from hapo_async.types import GatedGroup, Group, Source
 
 

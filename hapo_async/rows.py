@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hapo_async.types import Answer, GroupRequest, VersionSpan
+from hapo_async.types import Answer, GroupRequest, Segment, Source, VersionSpan
 
 
 @dataclass(eq=False)
@@ -24,6 +24,25 @@ class Job:
     @property
     def is_complete(self) -> bool:
         return all(a is not None for a in self.answers)
+
+    @property
+    def unfinished(self) -> list[int]:
+        return [i for i, a in enumerate(self.answers) if a is None]
+
+    def prefix(self, index: int) -> Answer | None:
+        """What an unfinished answer resumes, where that has a token."""
+        return next((a for a in self.request.prefixes if a.index == index and a.length), None)
+
+    def resumed(self) -> list[Answer | None]:
+        """By index: answers that the request brought and that need no sampling, None for the others."""
+        longest = self.request.sampling.max_tokens
+        out: list[Answer | None] = [None] * self.request.sampling.n
+        for answer in self.request.prefixes:
+            if answer.finish_reason != "abort":
+                out[answer.index] = Answer(answer.index, answer.segments, answer.finish_reason)
+            elif answer.length >= longest:
+                out[answer.index] = Answer(answer.index, answer.segments, "length")
+        return out
 
     @property
     def lengths(self) -> list[int]:
@@ -56,6 +75,14 @@ class Sampled:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each answer."""
         return tuple(a.length for a in self.answers)
+
+
+def continued(index: int, prefix: Answer | None, segment: Segment | None, reason: str) -> Answer:
+    """An answer of a resumed prefix and what was sampled after it. Of segments without tokens at most one is kept, where
+    there is no other."""
+    pieces = (prefix.segments if prefix else ()) + ((segment,) if segment else ())
+    empty = Segment(Source.POLICY, np.zeros(0, np.int32), np.zeros(0, np.float32))
+    return Answer(index, tuple(s for s in pieces if len(s.tokens)) or (empty,), reason)
 
 
 class Columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,20 +17,24 @@ from hapo_async.config import Config, to_yaml
 from hapo_async.errors import ConfigError
 
 LOCK = ".lock"
+LOCK_TRIES = 20  # another driver, whose run is refused, may remove the folder while this one enters it
 
 
 class RunDir:
     """Owns ``run.dir`` while open: a lock file keeps a second driver out.
 
-    Use as a context manager. Raises ConfigError when another driver holds the folder.
+    Use as a context manager. Raises ConfigError when another driver holds the folder. A folder that it made and that nothing
+    was written to is removed again.
     """
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run.dir or "runs/run").resolve()
         self._config = config
         self._lock: IO[str] | None = None
+        self._made = False
 
     def __enter__(self) -> RunDir:
+        self._made = not self.path.exists()
         self._lock = _lock(self.path)
         if self._config.run.resume == "never" and any(p.name != LOCK for p in self.path.iterdir()):
             # Moved while its lock is held: never the folder of a run that goes on.
@@ -43,6 +48,10 @@ class RunDir:
     ) -> None:
         if self._lock:
             self._lock.truncate(0)
+            if self._made and [p.name for p in self.path.iterdir()] == [LOCK]:  # a run that was refused
+                (self.path / LOCK).unlink()
+                with contextlib.suppress(OSError):  # somebody else begins there at this moment
+                    self.path.rmdir()
             self._lock.close()
 
     @property
@@ -93,11 +102,24 @@ def _replace(path: Path, text: str, sync: bool = False) -> None:
 
 def _lock(path: Path) -> IO[str]:
     """Opens and locks the folder's lock file. Raises ConfigError when another driver holds it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("a+")
-    except OSError as error:
-        raise ConfigError(f"run.dir={str(path)!r} cannot be used: {error.strerror}. Give another run.dir.") from None
+    for _ in range(LOCK_TRIES):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / LOCK).open("a+")
+        except OSError as error:
+            if path.is_dir() or not isinstance(error, FileNotFoundError):
+                raise ConfigError(
+                    f"run.dir={str(path)!r} cannot be used: {error.strerror}. Give another run.dir."
+                ) from None
+            continue
+        _own(lock, path)
+        if _is_at(lock, path / LOCK):
+            return lock
+        lock.close()
+    raise ConfigError(f"run.dir={str(path)!r} cannot be used: it cannot be made, or is removed again. Give another run.dir.")
+
+
+def _own(lock: IO[str], path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -110,7 +132,14 @@ def _lock(path: Path) -> IO[str]:
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    return lock
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _set_aside(path: Path) -> None:

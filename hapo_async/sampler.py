@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from hapo_async.draw import draw, noise_key, uniforms
-from hapo_async.rows import Columns, Job, Row, Sampled
+from hapo_async.limits import Limits
+from hapo_async.rows import Columns, Job, Row, Sampled, continued
 from hapo_async.scoring import Pair, score
-from hapo_async.slot_cache import SlotCache, kv_bytes_per_token, sliding_window
-from hapo_async.types import Answer, GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
+from hapo_async.slot_cache import SlotCache, kv_bytes_per_token, prefill_batches
+from hapo_async.types import GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
 from hapo_async.weights import match_parameters
 
 PREFILL_TOKENS = 16384  # padded tokens of one prefill forward
@@ -56,9 +57,9 @@ class Sampler:
         self._layers = text.num_hidden_layers
         self._cache = SlotCache(self._layers, model.device, model.dtype)
         self._asleep = False
+        self.is_torn = False  # neither the old version's weights nor a new one's
         self._token_bytes = kv_bytes_per_token(text, model.dtype)
-        self._window = sliding_window(text)
-        self._longest = getattr(text, "max_position_embeddings", None)
+        self._limits = Limits.of(text)
 
     @property
     def running(self) -> int:
@@ -75,6 +76,11 @@ class Sampler:
     @property
     def has_work(self) -> bool:
         return bool(self._jobs or self._complete)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether ``step`` has anything to do: with torn weights requests are kept, and nothing is sampled."""
+        return bool(self._complete or (self._jobs and not self.is_torn))
 
     # ---------------------------------------------------------------- requests
 
@@ -122,36 +128,38 @@ class Sampler:
         self._drop([r for r, state in enumerate(self._rows) if any(state.job is j for j in jobs)])
         return found
 
+    @torch.inference_mode()
+    def hand_over(self, keys: Sequence[GroupKey]) -> list[Sampled]:
+        """Takes these groups out as they are: unfinished answers end with "abort", even without a token, and can be resumed.
+        Unknown keys are ignored."""
+        jobs = [self._jobs[k] for k in keys if k in self._jobs]
+        for job in jobs:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.answers = job.resumed()
+                for index in job.unfinished:
+                    job.answers[index] = continued(index, job.prefix(index), None, "abort")
+        self._finish([r for r, state in enumerate(self._rows) if any(state.job is j for j in jobs)], "abort")
+        for job in jobs:
+            self._settle(job)
+        out = [s for s in self._complete if s.request.key in keys]
+        self._complete = [s for s in self._complete if s.request.key not in keys]
+        return out
+
     def score(self, sequences: Sequence[Pair]) -> list[np.ndarray]:
         """float32 [T] each: log-probs at temperature 1 of ``tokens`` after ``prompt_tokens``, under the current weights.
         Running answers stay as they are. Raises ValueError for an empty prompt or one that does not fit."""
         self._check_awake()
+        if self.is_torn:
+            raise ValueError("nothing can be scored: the weights are torn until a full update succeeds")
         for prompt, tokens in sequences:
-            if not len(prompt):
-                raise ValueError(
-                    "a sequence to be scored has an empty prompt; its first token needs something to follow"
-                )
-            self._check_length("a sequence to be scored", len(prompt), len(tokens))
+            self._limits.check("a sequence to be scored", len(prompt), len(tokens))
         return score(self.model, sequences)
 
     def _check(self, request: GroupRequest) -> None:
-        if not len(request.prompt_tokens):
-            raise ValueError(f"group {request.key}: the prompt is empty; the first token needs something to follow")
         if request.key in self._jobs:
             raise ValueError(f"group {request.key} is already being sampled")
-        self._check_length(f"group {request.key}", len(request.prompt_tokens), request.sampling.max_tokens)
-
-    def _check_length(self, what: str, prompt: int, tokens: int) -> None:
-        if self._longest and prompt + tokens > self._longest:
-            raise ValueError(
-                f"{what}: {prompt} prompt tokens and {tokens} new ones exceed the model's {self._longest} positions. Lower "
-                "data.max_prompt_tokens or sampling.max_tokens."
-            )
-        if self._window and prompt + tokens > self._window:
-            raise ValueError(
-                f"{what}: {prompt + tokens} tokens exceed the model's sliding attention window of {self._window}, which the "
-                "transformers engine does not implement. Use generator.engine=vllm or fewer sampling.max_tokens."
-            )
+        self._limits.check(f"group {request.key}", len(request.prompt_tokens), request.sampling.max_tokens)
 
     def _check_awake(self) -> None:
         if self._asleep:
@@ -162,9 +170,10 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
         """Admits waiting groups, samples one token of every running answer, returns the groups that became complete."""
-        self._admit()
-        if self.running:
-            self._decode()
+        if not self.is_torn:
+            self._admit()
+            if self.running:
+                self._decode()
         complete, self._complete = self._complete, []
         return complete
 
@@ -230,17 +239,13 @@ class Sampler:
     def _start(self, job: Job) -> list[tuple[np.ndarray, int, int]]:
         """Gives each unfinished answer of a group a row. Returns (cached tokens, first row, end row) per prefill."""
         request, sampling = job.request, job.request.sampling
-        prefixes = {a.index: a for a in request.prefixes}
         limit = sampling.max_tokens if job.cap is None else min(job.cap, sampling.max_tokens)
         fills: list[tuple[np.ndarray, int, int]] = []
         prompt = np.asarray(request.prompt_tokens, np.int64)
-        for index in range(sampling.n):
-            prefix = prefixes.get(index)
+        job.answers = job.resumed()
+        for index in job.unfinished:
+            prefix = job.prefix(index)
             offset = prefix.length if prefix else 0
-            if prefix and (prefix.finish_reason != "abort" or offset >= sampling.max_tokens):
-                reason = "length" if prefix.finish_reason == "abort" else prefix.finish_reason
-                job.answers[index] = Answer(index, prefix.segments, reason)
-                continue
             history = np.concatenate([prompt, prefix.tokens]) if prefix else prompt
             row = self.running
             self._rows.append(Row(job, index, history, prefix))
@@ -278,7 +283,7 @@ class Sampler:
         self._cache.first = min(self._cache.first, self._cache.cursor - max(len(tokens) for tokens, _, _ in fills))
         self._cache.filling = True
         try:
-            for batch in _chunks(sorted(fills, key=lambda f: len(f[0])), PREFILL_TOKENS):
+            for batch in prefill_batches(sorted(fills, key=lambda f: len(f[0])), PREFILL_TOKENS):
                 self._fill_batch(batch)
         finally:
             self._cache.filling = False
@@ -314,9 +319,8 @@ class Sampler:
                 self._columns.logp[row, :done].copy(),
                 tuple(state.spans),
             )
-            before = state.prefix.segments if state.prefix else ()
             reason = str(reasons[i] if len(reasons) > 1 else reasons[0])
-            state.job.answers[state.index] = Answer(state.index, (*before, segment), reason)
+            state.job.answers[state.index] = continued(state.index, state.prefix, segment, reason)
             jobs.append(state.job)
         self._drop(rows)
         for job in jobs:
@@ -348,18 +352,30 @@ class Sampler:
 
     # ---------------------------------------------------------------- weights
 
-    @torch.inference_mode()
     def install(self, version: Version, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Swaps the weights; running answers go on under them. Raises ValueError, with nothing changed, when the tensors
         are not exactly this model's parameters."""
-        targets = match_parameters(self.model, tensors)
+        match_parameters(self.model, tensors)
+        self.write(tensors)
+        self.finish_install(version)
+
+    @torch.inference_mode()
+    def write(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Copies some of a version's tensors into the model. From now on, whatever happens, the weights are torn: nothing is
+        sampled or scored until ``finish_install``, which the caller owes once every parameter was written."""
+        self.is_torn = True
         for row in range(self.running):
             self._close_span(row)
-        for parameter, tensor in targets:
-            parameter.copy_(tensor)
-        self.version = version
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor)
+
+    @torch.inference_mode()
+    def finish_install(self, version: Version) -> None:
+        """All weights are ``version``'s: running answers go on under them."""
         if self.recompute:
             self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
+        self.version, self.is_torn = version, False
 
     # ---------------------------------------------------------------- taking turns
 
@@ -377,14 +393,3 @@ class Sampler:
     def wake(self) -> None:
         self.model.to(self.device)
         self._asleep = False
-
-
-def _chunks(fills: list[tuple[np.ndarray, int, int]], tokens: int) -> Iterable[list[tuple[np.ndarray, int, int]]]:
-    """Consecutive runs of length-sorted sequences whose padded size stays within ``tokens``."""
-    batch: list[tuple[np.ndarray, int, int]] = []
-    for fill in fills:
-        if batch and (len(batch) + 1) * len(fill[0]) > tokens:
-            yield batch
-            batch = []
-        batch.append(fill)
-    yield batch

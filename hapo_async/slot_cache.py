@@ -10,8 +10,10 @@ Shapes: R rows, C columns, H key-value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -174,3 +176,16 @@ def sliding_window(config: Any) -> int | None:
     types = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
     return window if window and (not types or any("sliding" in t for t in types)) else None
+
+
+def prefill_batches(
+    fills: list[tuple[np.ndarray, int, int]], tokens: int
+) -> Iterable[list[tuple[np.ndarray, int, int]]]:
+    """Consecutive runs of length-sorted sequences whose padded size stays within ``tokens``."""
+    batch: list[tuple[np.ndarray, int, int]] = []
+    for fill in fills:
+        if batch and (len(batch) + 1) * len(fill[0]) > tokens:
+            yield batch
+            batch = []
+        batch.append(fill)
+    yield batch

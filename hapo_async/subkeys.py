@@ -1,4 +1,4 @@
-"""Keys of the configuration whose value is a small table of its own: ``learner.adamw`` and ``run.alarms``."""
+"""Keys of the configuration whose value is a small table of its own, such as ``learner.adamw``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ ALARMS = {
         0.01, "KL between generator and learner at equal weights above which it is an alarm", low=0.0
     ),
 }
+LORA = {
+    "rank": Option(8, "columns of A and B", low=1),
+    "alpha": Option(16.0, "the update is alpha / rank times B A", low=0.0, low_open=True),
+    "targets": Option("auto", "names of the linear layers that get one; auto: all but the head"),
+    "dropout": Option(0.0, "share of the adapter's inputs that are dropped", low=0.0, high=1.0, high_open=True),
+}
+EVAL_SAMPLING = {
+    "temperature": Option(0.0, "0 is greedy", low=0.0),
+    "top_p": Option(1.0, "nucleus sampling", low=0.0, low_open=True, high=1.0),
+    "max_tokens": Option(0, "longest answer; 0 is sampling.max_tokens", low=0),
+}
+TABLES = {"run.alarms": ALARMS, "learner.adamw": ADAMW, "learner.lora": LORA, "eval.sampling": EVAL_SAMPLING}
+"""Each table by its key."""
 
 
 def complete(known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +47,8 @@ def complete(known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str,
         value = given.get(key, option.default)
         if isinstance(option.default, list):
             out[key] = _betas(key, value)
+        elif isinstance(option.default, str):
+            out[key] = _names(key, value, option.default)
         elif option.accepts(value):
             out[key] = option.convert(value)
         else:
@@ -46,3 +61,12 @@ def _betas(key: str, value: Any) -> list[float]:
     if not numbers or len(value) != 2:
         raise ValueError(f"{key}={value!r} must be two numbers from 0 to below 1, such as [0.9, 0.95]")
     return [float(x) for x in value]
+
+
+def _names(key: str, value: Any, word: str) -> str | list[str]:
+    """The word itself, or a list of names."""
+    if value == word:
+        return word
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):
+        raise ValueError(f"{key}={value!r} must be {word} or a list of names, such as [q_proj, v_proj]")
+    return list(value)

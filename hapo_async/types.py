@@ -218,7 +218,8 @@ class GroupHeader:
     """What the driver sees of a group: enough to decide, small enough to copy.
 
     answer_steps: the oldest ``Version.step`` of each answer, -1 where it holds no policy token. ``oldest`` and
-    ``newest`` are None only for a group without any policy token (demonstrations alone): it has no age.
+    ``newest`` are None only for a group without any policy token (demonstrations alone, or handed over before the first
+    token): it has no age.
     """
 
     key: GroupKey
@@ -234,15 +235,13 @@ class GroupHeader:
     @classmethod
     def of(cls, group: Group, seconds: float) -> GroupHeader:
         versions = [span.version for answer in group.answers for span in answer.spans]
-        if not versions:
-            raise ValueError(f"group {group.key} holds no policy token")
         return cls(
             key=group.key,
             lengths=tuple(a.length for a in group.answers),
             finish_reasons=tuple(a.finish_reason for a in group.answers),
             answer_steps=tuple(min((s.version.step for s in a.spans), default=-1) for a in group.answers),
-            oldest=min(versions),
-            newest=max(versions),
+            oldest=min(versions, default=None),
+            newest=max(versions, default=None),
             prompt_length=len(group.prompt_tokens),
             generator=group.generator,
             seconds=seconds,

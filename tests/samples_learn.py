@@ -17,9 +17,9 @@ from hapo_async import advantage as advantages
 from hapo_async import algorithms, batch, gate, inject, toy
 from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
-from hapo_async.inject import TrainGroup
 from hapo_async.learner.learn import Learner
 from hapo_async.learner.tally import merge
+from hapo_async.sequences import Sequence, TrainGroup, materialise
 from hapo_async.types import (
     Answer,
     GatedGroup,
@@ -139,10 +139,10 @@ def train_alone(learner: Learner, steps: list[list[Task]]) -> list[dict[str, flo
     return out
 
 
-def sequences(plan: batch.StepPlan) -> list[list[inject.Sequence]]:
+def sequences(plan: batch.StepPlan) -> list[list[Sequence]]:
     """What a rank makes of its plan, where payloads are the groups themselves."""
     return [
-        [s for index, train in enumerate(mini) for s in inject.materialise(train, train.payload, index=index)]
+        [s for index, train in enumerate(mini) for s in materialise(train, train.payload, index=index)]
         for mini in plan.minis
     ]
 

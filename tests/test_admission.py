@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hapo_async.admission import capacity, overdue
+from hapo_async.admission import capacity, excess, overdue
 
 
 @pytest.mark.parametrize("eta", [0, 1, 2, 4])
@@ -74,6 +74,29 @@ def test_the_learner_waits_for_a_group_that_would_be_too_old_at_once():
     assert overdue([3], [4] * 4, step=4, max_staleness=1, batch_prompts=4) == 3
     assert overdue([4], [4] * 4, step=4, max_staleness=1, batch_prompts=4) is None
     assert overdue([4], [4] * 4, step=4, max_staleness=0, batch_prompts=4) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_given_up_is_enough_to_pass_and_one_less_is_not(seed):
+    rng = random.Random(seed)
+    waits = 0
+    for _ in range(500):
+        eta, size, step = rng.randint(0, 3), rng.randint(1, 4), rng.randint(3, 6)
+        rule = {"step": step, "max_staleness": eta, "batch_prompts": size}
+        flying = sorted(rng.randint(step - eta, step) for _ in range(rng.randint(0, 12)))
+        finished = [rng.randint(step - eta, step) for _ in range(rng.randint(size, 12))]
+        count = excess(flying, finished, **rule)
+        assert (count > 0) == (overdue(flying, finished, **rule) is not None)
+        assert overdue(flying[count:], finished, **rule) is None
+        if count:
+            waits += 1
+            assert overdue(flying[count - 1 :], finished, **rule) is not None
+    assert waits > 50
+
+
+def test_of_five_groups_where_four_may_stay_one_is_given_up():
+    assert excess([0] * 5, [1] * 4, step=1, max_staleness=2, batch_prompts=4) == 1
+    assert excess([0] * 4, [1] * 4, step=1, max_staleness=2, batch_prompts=4) == 0
 
 
 def test_a_generator_that_lags_behind_the_bound_gets_nothing():

@@ -12,7 +12,7 @@ import torch
 from hapo_async import advantage, algorithms
 from hapo_async.advantage import compute
 from hapo_async.errors import ConfigError
-from hapo_async.inject import Row, TrainGroup
+from hapo_async.sequences import Row, TrainGroup
 from hapo_async.types import GroupKey, Source
 
 

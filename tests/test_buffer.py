@@ -5,7 +5,7 @@ import pytest
 
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.errors import RunError
-from hapo_async.inject import TrainGroup
+from hapo_async.sequences import TrainGroup
 from hapo_async.types import GateDecision, GatedGroup, GroupHeader, GroupKey, Prompt, Version
 
 

@@ -135,6 +135,25 @@ def test_a_stack_is_as_tall_as_its_layers_together() -> None:
     assert first == pytest.approx(second, abs=0.2) and first > 0
 
 
+def test_a_bar_that_is_cut_says_so() -> None:
+    ordinary = [1.0] * 20
+    assert "break" not in stack_chart(range(20), [("a", ordinary, 0)])
+    svg = stack_chart(range(20), [("a", ordinary, 0), ("b", [0.0] * 19 + [9.0], 1)])
+    (gap,) = re.findall(r'<path class="break" d="M([\d.]+),[\d.]+L([\d.]+),', svg)
+    bars = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"', svg)
+    assert float(gap[0]) < float(bars[-1][0]) < float(bars[-1][0]) + float(bars[-1][1]) < float(gap[1])
+    data = json.loads(ElementTree.fromstring(svg).attrib["data-chart"])
+    assert data["lines"][1]["y"][-1] == 9.0, "the whole value shows under the pointer"
+
+
+def test_the_band_of_a_share_ends_at_its_natural_limits() -> None:
+    lines = [Line("x", [1, 2], [0.9, 0.1], band=[0.4, 0.4])]
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', line_chart(lines, "share", floor=0.0, ceiling=1.0))
+    assert (ticks[0], ticks[-1]) == ("0%", "100%")
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', line_chart(lines, "", floor=0.0, ceiling=1.0))
+    assert float(ticks[0]) < 0 and float(ticks[-1]) > 1
+
+
 def test_a_sparkline_needs_two_values() -> None:
     assert sparkline([1.0]) == ""
     ElementTree.fromstring(sparkline([1.0, 2.0, 1.5]))

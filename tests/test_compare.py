@@ -83,6 +83,31 @@ def test_runs_with_nothing_in_common_say_so(tmp_path: Path) -> None:
     assert "Nothing in common" in Page((tmp_path / "page.html").read_text()).text
 
 
+def test_runs_that_were_never_evaluated_at_an_equal_step_do_not_lead_with_step_0(tmp_path: Path) -> None:
+    folders = []
+    for name, every in (("a", 2), ("b", 3)):
+        with metrics.Writer(tmp_path / name) as writer:
+            for step in range(7):
+                evaluated = {"eval/math/pass@1": step / 10} if step in (0, every) else {}
+                writer.write(step, ({"reward/mean": 0.5} if step else {}) | evaluated)
+        verdicts.append(tmp_path / name, "math", 0, [("q", [False], "")])
+        folders.append(tmp_path / name)
+    found = compare.compare(*folders)
+    assert [pair.name for pair in compare._shown(found.pairs)] == ["reward/mean", "eval/math/pass@1"]
+    sentence = "math: no common evaluation after step 0. A has steps 0, 2; B has steps 0, 3; step 0 is before training."
+    assert list(found.blocks())[1] == sentence
+    compare.write(found, tmp_path / "page.html")
+    assert sentence in Page((tmp_path / "page.html").read_text()).text
+
+
+def test_runs_with_an_evaluation_in_common_say_nothing_of_the_others(tmp_path: Path) -> None:
+    for name, steps in (("a", (0, 2, 4)), ("b", (0, 4, 5))):
+        with metrics.Writer(tmp_path / name) as writer:
+            for step in steps:
+                writer.write(step, {"eval/math/pass@1": 0.5})
+    assert not compare.compare(tmp_path / "a", tmp_path / "b").apart
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     for parent in "xy":
         run(tmp_path / parent / "run", {1: 0.0}, {})

@@ -36,6 +36,9 @@ def test_a_missing_file_is_named(tmp_path):
         ("learner.learning_rate=1", "learner"),
         ("stepz=3", "train.steps"),
         ("lr=1", "learner.lr"),
+        ("eval.temperature=1", "'eval.sampling.temperature'"),
+        ("eval.max_tokens=1", "'eval.sampling.max_tokens'"),
+        ("learner.weight_decay=1", "'learner.adamw.weight_decay'"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(override, nearest):
@@ -98,7 +101,7 @@ def test_the_surface_stays_small():
 def test_every_key_says_what_it_is():
     def walk(model):
         for name, info in model.model_fields.items():
-            sub = config._section_of(info.annotation)
+            sub = config.section_of(info.annotation)
             if sub:
                 walk(sub)
             else:
@@ -113,6 +116,10 @@ def test_settings_of_the_flow_that_contradict_each_other_are_refused_with_the_fi
     assert "generator.count=1" in refused("eval.mode=detached", "max_staleness=1")
     assert "max_staleness=0" in refused("eval.mode=floating", "max_staleness=0")
     assert "force_lag=2" in refused("eval.mode=floating", "max_staleness=2", "staleness.force_lag=2")
+    taking_turns = ("generator.placement=colocated", "max_staleness=0")
+    for transport in ("gloo", "nccl"):
+        assert "weights.transport=auto" in refused(f"weights.transport={transport}", *taking_turns)
+    config.load(None, ["weights.transport=ipc", *taking_turns])
 
 
 @pytest.mark.parametrize(
@@ -137,3 +144,38 @@ def test_small_tables_are_completed_and_checked():
     assert "Did you mean 'betas'" in refused("learner.adamw.beta=[0.9, 0.99]")
     assert "two numbers" in refused("learner.adamw.betas=[0.9]")
     assert "silence_s=0" in refused("run.alarms.silence_s=0")
+
+
+def test_how_held_out_answers_are_sampled_is_one_table():
+    c = config.load(None, ["eval.sampling.temperature=1", "eval.n=4"])
+    assert c.eval.sampling == {"temperature": 1.0, "top_p": 1.0, "max_tokens": 0}
+    assert (c.eval.temperature, c.eval.top_p, c.eval.max_tokens) == (1.0, 1.0, 0)
+    assert "eval.sampling.temperature=0" in refused("eval.n=4")
+    assert "top_p=1.5" in refused("eval.sampling.top_p=1.5") and "top_p=0" in refused("eval.sampling.top_p=0")
+
+
+def test_an_adapter_is_off_until_something_of_it_is_set():
+    assert config.load(None).learner.lora == {}
+    c = config.load(None, ["learner.lora.rank=4"])
+    assert c.learner.lora == {"rank": 4, "alpha": 16.0, "targets": "auto", "dropout": 0.0}
+    assert config.load(None, ["learner.lora={targets: [q_proj]}"]).learner.lora["targets"] == ["q_proj"]
+    assert "rank=0" in refused("learner.lora.rank=0") and "alpha=0" in refused("learner.lora.alpha=0")
+    assert "below 1" in refused("learner.lora.dropout=1") and "Did you mean 'rank'" in refused("learner.lora.ranks=8")
+    assert "list of names" in refused("learner.lora.targets=q_proj")
+    assert "list of names" in refused("learner.lora.targets=[]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "on_gpu"),
+    [
+        ([], ("ray", "host"), ("nccl", "device")),
+        (["generator.placement=colocated", "max_staleness=0"], ("ray", "host"), ("ipc", "device")),
+        (["weights.transport=zmq"], ("zmq", "host"), ("zmq", "host")),
+        (["weights.transport=ipc", "weights.staging=none"], ("ipc", "none"), ("ipc", "none")),
+        (["weights.transport=gloo", "weights.staging=device"], ("gloo", "device"), ("gloo", "device")),
+    ],
+)
+def test_weights_travel_as_the_devices_allow(overrides, on_cpu, on_gpu):
+    c = config.load(None, overrides)
+    assert (c.transport(False), c.staging(False)) == on_cpu
+    assert (c.transport(True), c.staging(True)) == on_gpu

@@ -81,8 +81,10 @@ def test_an_algorithm_without_a_gate_says_nothing_of_its_decisions():
     assert row["gate/confidence"] == pytest.approx(4 / 6) and row["train/offline_frac"] == 0
 
 
-def test_cached_answers_are_offline_samples():
-    assert of_groups([ready([0, 1], False, "dpo")], algorithms.get("dpo"))["train/offline_frac"] == 1
+def test_cached_answers_are_offline_samples_that_never_met_the_gate():
+    row = of_groups([ready([0, 1], False, "dpo")], algorithms.get("dpo"))
+    assert row["train/offline_frac"] == 1 and row["reward/mean"] == 0.5
+    assert not [name for name in row if name.startswith("gate/")]
 
 
 def test_named_components_of_the_reward_are_averaged_over_the_answers_that_have_them():

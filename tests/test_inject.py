@@ -10,8 +10,9 @@ import pytest
 
 from hapo_async import advantage, gate
 from hapo_async.config import GateConfig
-from hapo_async.inject import compose, demonstration, feedback_weight, materialise, why_nothing, with_teacher
+from hapo_async.inject import compose, feedback_weight, why_nothing
 from hapo_async.reduction import Normaliser
+from hapo_async.sequences import demonstration, materialise, with_teacher
 from hapo_async.types import (
     Answer,
     GatedGroup,

@@ -46,7 +46,7 @@ def test_what_else_a_paper_gives() -> None:
 
 
 def test_explicit_settings_win() -> None:
-    chosen = settings("004", "AIME24", "eval.temperature=0.3", n=8)
+    chosen = settings("004", "AIME24", "eval.sampling.temperature=0.3", n=8)
     assert (chosen.n, chosen.k, chosen.temperature) == (8, 8, 0.3)
     assert settings("004", "AIME24", n=8, k=2).k == 2
     with pytest.raises(ConfigError, match=r"eval\.n"):
@@ -55,7 +55,7 @@ def test_explicit_settings_win() -> None:
 
 def test_without_a_protocol_one_greedy_answer_or_several_sampled_ones() -> None:
     assert protocols.overrides(None, "x") == ["eval.n=1", "eval.k=1"]
-    assert protocols.overrides(None, "x", 4, 2) == ["eval.n=4", "eval.k=2", "eval.temperature=1.0"]
+    assert protocols.overrides(None, "x", 4, 2) == ["eval.n=4", "eval.k=2", "eval.sampling.temperature=1.0"]
 
 
 @pytest.mark.parametrize("benchmark", ["mymath500", "aime", "amcx", "math", "gsm8k-mini"])
@@ -66,7 +66,7 @@ def test_a_benchmark_that_the_paper_does_not_have_gets_the_default_and_a_note(be
 
 def test_notes_leave_out_what_is_known_or_given() -> None:
     assert not any("AIME24" in note for note in protocols.notes(protocols.get("000"), ["AIME24"]))
-    assert any("eval.temperature" in note for note in protocols.notes(protocols.get("004"), ["AIME24"]))
+    assert any("eval.sampling.temperature" in note for note in protocols.notes(protocols.get("004"), ["AIME24"]))
     given = {"n", "temperature", "top_p", "max_tokens"}
     assert protocols.notes(protocols.get("004"), ["unknown"], given) == []
 

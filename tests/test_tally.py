@@ -96,8 +96,7 @@ def test_cached_answers_have_no_age(model, many_tasks):
     learner = learners.make(model, "off_rl")
     plan, minis = learners.plan_of(learner, many_tasks, step=7)
     report = tally.merge([learner.step(plan, minis)])
-    assert "staleness/mean" not in report
-    assert report["staleness/max"] == 0
+    assert "staleness/mean" not in report and "staleness/max" not in report
     (micro,) = batch.pack(minis[0], 100_000)
     logp = torch.zeros(micro.trained_tokens)
     assert (learn.token_batch(micro, Scores(logp), step=7).age == 0).all()

@@ -1,11 +1,11 @@
 """What asynchrony gains in speed: learner steps per second, side by side, on two cores that nothing else uses.
 
-    python tools/bench_async.py                       # about 12 minutes
+    python tools/bench_async.py                       # about 18 minutes
     python tools/bench_async.py --settings balanced --rounds 3
 
 Three settings of one random model with answers of a fixed length (so that every step has the same tokens): *generation*
-(generators are the slower side), *balanced* and *learner* (the learner is). In each, after both sides were measured
-alone, these modes take turns, ``--rounds`` times:
+(generators are the slower side), *balanced* and *learner* (the learner is). In each, ``--rounds`` times, both sides are
+measured alone and then these modes take turns (the machine's own speed drifts: only what is of one round is compared):
 
 - async: max_staleness=1, generator on one core, learner on the other, as on a disaggregated cluster
 - sync: max_staleness=0, on the same cores; one of them always waits
@@ -59,7 +59,7 @@ COMMON = [
     *(
         "sampling.n=4",
         "sampling.max_tokens=96",
-        "train.batch_prompts=8",
+        "train.batch_prompts=16",
         "learner.mini_batches=2",
         "learner.zero_stage=1",
     ),
@@ -108,14 +108,17 @@ def _prepare_files(root: Path) -> list[str]:
 def _setting(name: str, root: Path, start: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
     """Both sides alone, then the modes in turn."""
     overrides = [*start, *COMMON, *SETTINGS[name]]
-    alone = _alone([*overrides, "max_staleness=3"])
-    print(
-        f"{name}: generator {alone['generator_alone_s']:.2f} s a step alone, {alone['generator_together_s']:.2f} s together; "
-        f"learner {alone['learner_alone_s']:.2f} s, {alone['learner_together_s']:.2f} s",
-        flush=True,
-    )
+    alone: list[dict[str, float]] = []
     runs: list[dict[str, Any]] = []
     for number in range(rounds):
+        sides = _alone([*overrides, "max_staleness=3"])
+        alone.append(sides)
+        print(
+            f"{name}: generator {sides['generator_alone_s']:.2f} s a step alone, "
+            f"{sides['generator_together_s']:.2f} s together; "
+            f"learner {sides['learner_alone_s']:.2f} s, {sides['learner_together_s']:.2f} s",
+            flush=True,
+        )
         for mode, more in MODES.items():
             folder = root / f"{name}-{mode}-{number}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +131,7 @@ def _setting(name: str, root: Path, start: Sequence[str], rounds: int, steps: in
     return {"alone": alone, "runs": runs, **compare(alone, runs)}
 
 
-def compare(alone: dict[str, float], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def compare(alone: Sequence[dict[str, float]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of steps per second, round by round, and the share of the slower side's own speed that the loop reaches."""
 
     def rates(mode: str) -> list[float]:
@@ -137,9 +140,8 @@ def compare(alone: dict[str, float], runs: Sequence[dict[str, Any]]) -> dict[str
     pairs = {f"async/{m}": [a / b for a, b in zip(rates("async"), rates(m), strict=True)] for m in ("sync", "both")}
     reached = {
         f"async/slower side {how}": [
-            run["tokens_per_s"] * max(alone[f"generator_{how}_s"], alone[f"learner_{how}_s"]) / alone["tokens"]
-            for run in runs
-            if run["mode"] == "async"
+            rate * max(sides[f"generator_{how}_s"], sides[f"learner_{how}_s"])
+            for rate, sides in zip(rates("async"), alone, strict=True)
         ]
         for how in ("alone", "together")
     }
@@ -220,7 +222,7 @@ def _alone(overrides: Sequence[str]) -> dict[str, float]:
 
 
 async def _measure_alone(p: Prepared) -> dict[str, float]:
-    """Seconds per step of the generator and of the learner, alone and together, and the answer tokens of a step."""
+    """Seconds per step of the generator and of the learner, alone and together."""
     c, cluster = p.config, placement.join(2)
     async with contextlib.AsyncExitStack() as stack:
         slot = placement.reserve(cluster, c.learner.ranks, 1.0, "learner")
@@ -233,15 +235,16 @@ async def _measure_alone(p: Prepared) -> dict[str, float]:
         stack.push_async_callback(fleet.close)
         judges = await Judges.start(c)
         stack.push_async_callback(judges.close)
-        fleet.publish(*await learner.publish(Version(1, 0)))
+        published = await learner.publish(Version(1, 0))
+        assert published.offer is not None
+        fleet.weights.publish(published.offer)
         await fleet.wait_installed(Version(1, 0), c.weights.deadline_s)
         groups = await _sample(sampler, fleet, judges, ALONE_BATCHES * c.train.batch_prompts)
         out = {"generator_alone_s": await _generate(p, fleet, 1), "learner_alone_s": await _learn(p, learner, groups)}
         generating = asyncio.create_task(_generate(p, fleet, 2))
         out["learner_together_s"] = await _learn(p, learner, groups, generating)
         out["generator_together_s"] = await generating
-    tokens = c.train.batch_prompts * c.sampling.n * c.sampling.max_tokens
-    return {**{name: round(seconds, 4) for name, seconds in out.items()}, "tokens": tokens}
+    return {name: round(seconds, 4) for name, seconds in out.items()}
 
 
 async def _sample(sampler: Sampler, fleet: Fleet, judges: Judges, count: int) -> list[Ready]:
@@ -280,7 +283,7 @@ async def _generate(p: Prepared, fleet: Fleet, attempt: int) -> float:
 async def _learn(
     p: Prepared, learner: LearnerGroup, groups: Sequence[Ready], beside: asyncio.Task[float] | None = None
 ) -> float:
-    """Seconds per step on batches that are there, after one step that does not count; for as long as ``beside`` runs."""
+    """Seconds per step on batches that are there; for as long as ``beside`` runs."""
     c = p.config
     size = c.train.batch_prompts
     batches = [[g.train for g in groups[start : start + size]] for start in range(0, len(groups), size)]
@@ -292,9 +295,8 @@ async def _learn(
         began = time.monotonic()
         await learner.step(plans)
         seconds.append(time.monotonic() - began)
-    if beside is not None:
-        seconds.pop()  # it was alone for a part of the last one
-    return statistics.fmean(seconds[1:])
+    # The first one warms up; of those beside something else the last was alone for a part of its time.
+    return statistics.fmean(seconds[1:] if beside is None else seconds[:-1] or seconds)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -309,13 +311,14 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "|---" * 10 + "|",
     ]
     for name, setting in found.items():
-        alone, ratios = setting["alone"], setting["ratios"]
+        ratios = setting["ratios"]
+        sides = {key: statistics.fmean(side[key] for side in setting["alone"]) for key in setting["alone"][0]}
         rates = {
             mode: statistics.fmean(r["steps_per_s"] for r in setting["runs"] if r["mode"] == mode) for mode in MODES
         }
         out.append(
-            f"| {name} | {alone['generator_alone_s']:.2f}, {alone['generator_together_s']:.2f} s | "
-            f"{alone['learner_alone_s']:.2f}, {alone['learner_together_s']:.2f} s | "
+            f"| {name} | {sides['generator_alone_s']:.2f}, {sides['generator_together_s']:.2f} s | "
+            f"{sides['learner_alone_s']:.2f}, {sides['learner_together_s']:.2f} s | "
             + " | ".join(f"{rates[mode]:.2f} steps/s" for mode in MODES)
             + " | "
             + " | ".join(_spread(values) for values in ratios.values())

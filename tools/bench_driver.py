@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import driver_stubs as stubs
 import ray
 
+from actors.transports import Published
 from hapo_async import algorithms, config
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.data import PromptStream
@@ -138,8 +139,14 @@ class StubLearner:
         self.trained += [g.key for plan in plans for mini in plan.minis for g in mini]
         return {}
 
-    async def publish(self, version: Version) -> tuple[Any, list[Any]]:
-        return stubs.Announced(version), []
+    async def announce(self, version: Version, members: Sequence[Any]) -> None:
+        return None
+
+    async def admit(self, members: Sequence[Any]) -> None:
+        pass
+
+    async def publish(self, version: Version, transport: str = "") -> Published:
+        return Published(stubs.Announced(version))  # type: ignore[arg-type]
 
 
 class Bench:

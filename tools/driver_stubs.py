@@ -32,9 +32,14 @@ from hapo_async.types import (
 
 @dataclass(frozen=True)
 class Announced:
-    """A manifest without tensors."""
+    """An offer without tensors, for processes that have no torch."""
 
     version: Version
+    transport: str = "ray"
+    members: None = None
+
+    def is_for(self, name: str) -> bool:
+        return True
 
 
 class StubGenerator:
@@ -91,9 +96,9 @@ class StubGenerator:
         found: tuple[GroupHeader, Group] = await self.collect(request.key)
         return found
 
-    async def install(self, manifest: Announced, refs: list[Any]) -> dict[str, Any]:
-        self.version = manifest.version
-        return {"version": str(manifest.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 0}
+    async def install(self, offer: Announced) -> dict[str, Any]:
+        self.version = offer.version
+        return {"version": str(offer.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 0}
 
     async def truncate(self, keys: list[GroupKey]) -> dict[GroupKey, tuple[int, ...]]:
         return {}

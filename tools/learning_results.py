@@ -34,10 +34,10 @@ DEMONSTRATIONS: dict[str, list[str]] = {
     "hapo, advantage over rollouts": ["gate.advantage_group=rollouts"],
     "hpt, SFT for 40 steps, then RL": ["options.sft_steps=40", "options.gamma=-1"],
 }
-REWARDS = ["eval.temperature=1.0", "train.steps=60", "data.demonstrations=0", "learner.lr=2e-4"]
+REWARDS = ["eval.sampling.temperature=1.0", "train.steps=60", "data.demonstrations=0", "learner.lr=2e-4"]
 FEWER = {"nsr": ["train.steps=30"]}  # soon there is hardly a wrong answer left
 OFFLINE = [
-    *("eval.temperature=1.0", "eval.every=10", "data.limit=512"),
+    *("eval.sampling.temperature=1.0", "eval.every=10", "data.limit=512"),
     *("train.steps=40", "learner.lr=1e-5", "learner.warmup_steps=5"),  # at 1e-4 most of them lose what they had
 ]
 

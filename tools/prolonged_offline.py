@@ -47,7 +47,7 @@ def main() -> None:
             folder = args.runs / f"prolonged-{name}-{args.steps}-{args.lr}-{seed}"
             overrides = [f"algorithm={name}", f"seed={seed}", f"model={base / 'model'}", f"train.steps={args.steps}"]
             overrides += [f"data.answers={args.runs / f'answers-{seed}'}", "data.limit=512", f"learner.lr={args.lr}"]
-            overrides += ["learner.warmup_steps=5", "eval.every=20", "eval.temperature=1.0", *args.also]
+            overrides += ["learner.warmup_steps=5", "eval.every=20", "eval.sampling.temperature=1.0", *args.also]
             measured.train(folder, CONFIG, *overrides)
             found.append({"algorithm": name, "seed": seed, **read(folder)})
             print(line(found[-1]), flush=True)

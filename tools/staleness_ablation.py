@@ -3,6 +3,7 @@
     python tools/staleness_ablation.py --workers 2            # 75 runs: about an hour on two quiet cores
     python tools/staleness_ablation.py --seeds 0 --only tis/8 off/8
     python tools/staleness_ablation.py --summary              # table and plot from what is finished
+    python tools/staleness_ablation.py --plot-only            # both again from staleness.json, without the runs
 
 Every batch is exactly ``lag`` learner steps old (``staleness.force_lag``), whatever the timing; lag 0 is synchronous and
 run once per seed. All runs of a seed start from the same half-skilled model (the shipped one after 14 steps of SFT) and
@@ -22,6 +23,7 @@ import argparse
 import atexit
 import contextlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -46,7 +48,7 @@ CONFIG = "configs/quickstart.yaml"
 BASE = ["algorithm=sft", "train.steps=14", "learner.lr=1e-4", "eval.every=0", "data.eval=[]"]
 COMMON = [
     *("algorithm=grpo", "data.demonstrations=0", "learner.mini_batches=2", "learner.lr=3e-4", "train.batch_prompts=8"),
-    *("eval.every=20", "eval.temperature=1.0", "train.checkpoint_every=0", "rollouts.sample=0"),
+    *("eval.every=20", "eval.sampling.temperature=1.0", "train.checkpoint_every=0", "rollouts.sample=0"),
     "run.alarms={canary_every: 0}",
 ]
 LAGS = (1, 2, 4, 8)
@@ -96,7 +98,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, of about one core each")
     parser.add_argument("--runs", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--summary", action="store_true", help="train nothing")
+    parser.add_argument("--plot-only", action="store_true", help="train and read nothing: redraw what was measured")
     args = parser.parse_args()
+    if args.plot_only:
+        redraw(measured.RESULTS / "staleness.json")
+        return
     wanted = cells(args.seeds, args.only)
     if not args.summary:
         train_all(wanted, args.runs, args.steps, args.workers)
@@ -107,6 +113,16 @@ def main() -> None:
     target = measured.write("staleness", {**settings, "runs": found})
     target.with_suffix(".svg").write_text(plot(found))
     print(f"\n{table(found)}\n\nwritten to {target} and {target.with_suffix('.svg')}")
+
+
+def redraw(source: Path) -> None:
+    """The plot beside a file of results, from that file alone."""
+    runs = json.loads(source.read_text())["runs"]
+    for run in runs:
+        run["curve"] = {int(step): value for step, value in run["curve"].items()}
+    target = source.with_suffix(".svg")
+    target.write_text(plot(runs))
+    print(f"{table(runs)}\n\n{target} is drawn again from {source}")
 
 
 def cells(seeds: Sequence[int], only: Sequence[str] | None) -> list[Cell]:

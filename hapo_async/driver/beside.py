@@ -32,6 +32,7 @@ class BesideTraining:
         self.fleet = fleet
         self._rows: list[Row] = []
         self._running: asyncio.Task[None] | None = None
+        self._step = 0  # the one that is being evaluated
 
     @property
     def possible(self) -> bool:
@@ -48,15 +49,11 @@ class BesideTraining:
             log.warning("the evaluation of step %d is skipped: the one before is still running", step)
             self._rows.append((step, {"eval/skipped": 1.0}))
             return
-        self._running = asyncio.create_task(self._evaluate(step, version))
+        self._step, self._running = step, asyncio.create_task(self._evaluate(step, version))
 
     async def _evaluate(self, step: int, version: Version) -> None:
         try:
             values = await self.evaluator.run(step, self.config.evaluation_mode, version)
-        except asyncio.CancelledError:
-            log.warning("the evaluation of step %d is given up: the run ends", step)
-            self._rows.append((step, {"eval/given_up": 1.0}))
-            raise
         except Exception:
             log.exception("the evaluation of step %d is given up; training goes on", step)
             self._rows.append((step, {"eval/given_up": 1.0}))
@@ -75,8 +72,12 @@ class BesideTraining:
             await asyncio.wait({self._running})
 
     async def close(self) -> None:
-        """Gives up what is running; its generator trains again."""
-        if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
+        """Gives up what is running; its generator trains again. ``take`` brings the row that says so."""
+        if self._running is None or self._running.done():
+            return
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+        if self._running.cancelled():
+            log.warning("the evaluation of step %d is given up: the run ends", self._step)
+            self._rows.append((self._step, {"eval/given_up": 1.0}))

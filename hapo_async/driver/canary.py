@@ -52,7 +52,7 @@ class Canary:
         self._skipped = 0
         self._disagreeing: set[str] = set()  # generators that an alarm has named
         self._seconds: float | None = None
-        fleet.on_installed.append(self._installed)
+        fleet.weights.on_installed.append(self._installed)
 
     async def at_publish(self, version: Version) -> None:
         """To be called right after a publish, before the next step changes the weights. Returns when the learner has

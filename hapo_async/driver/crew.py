@@ -29,7 +29,7 @@ class Crew:
 
     async def generators(self) -> list[Generator]:
         """Those to ask now. Raises RunError where there can be none."""
-        return self.fleet.serving
+        return await self.fleet.someone()
 
     def asked(self, generator: Generator, keys: list[GroupKey]) -> None:
         self._asked |= dict.fromkeys(keys, generator.name)

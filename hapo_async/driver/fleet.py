@@ -1,7 +1,7 @@
 """The generators as the driver sees them: who runs what, which version each one serves, and how weights reach them.
 
-A generator is *alive* until it fails, and *serving* unless it is also detached: lent to something else (an evaluation),
-at one version, without groups of the training.
+A generator is *alive* until it fails, and *serving* unless it is *joining* (it has no version yet), *detached* (lent to an
+evaluation, at one version, without groups of the training) or *leaving*. ``upkeep`` starts others, and replaces dead ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,69 +17,25 @@ import ray
 
 from actors import placement
 from actors.calls import CallFailed, Calls, Pending
-from actors.generator import GeneratorActor
+from actors.transports import Member
 from hapo_async.config import Config
+from hapo_async.driver.distribution import Distribution
+from hapo_async.driver.generators import Generator, Replacements
+from hapo_async.driver.starter import ACTOR_OPTIONS, Starter
 from hapo_async.errors import RunError
-from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Version
-from hapo_async.weights import Manifest
+from hapo_async.types import Group, GroupHeader, GroupKey, GroupRequest, Version
+
+__all__ = ["ACTOR_OPTIONS", "Fleet", "Generator"]
 
 log = logging.getLogger(__name__)
 
-INSTALL_TRIES = 3
 CONTROL_S = 30.0
+PROBE_S = 5.0  # how long a generator has to say that it is there, once something went wrong
 CLOSE_S = 20.0
+REFUSED_S = 0.2  # between two tries of something that a generator refuses
 
-ACTOR_OPTIONS: dict[str, Any] = {"max_concurrency": 1000, "max_restarts": 0, "enable_task_events": False}
-"""Of actors that are called several times for each group. Events of every call would cost a tenth of the driver's time."""
-
-Installed = Callable[["Generator", Version], None]
-"""Called after each install of a version on a generator."""
-
-
-@dataclass
-class Generator:
-    """One generator. outstanding: estimated tokens still to come, by group in flight on it; load: their sum. detached: it
-    gets no groups, and keeps its version whatever is published."""
-
-    name: str
-    actor: Any
-    slot: placement.Slot
-    installed: Version | None = None
-    outstanding: dict[GroupKey, int] = field(default_factory=dict)
-    load: int = 0
-    alive: bool = True
-    detached: bool = False
-    failures: int = 0
-    last_install: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    idle_since: float | None = field(default_factory=time.monotonic)
-    idle_s: float = 0.0
-
-    @property
-    def serves(self) -> bool:
-        """Whether training's groups are issued to it."""
-        return self.alive and not self.detached
-
-    def assign(self, key: GroupKey, tokens: int) -> None:
-        self.outstanding[key] = tokens
-        self.load += tokens
-        if self.idle_since is not None:
-            self.idle_s += time.monotonic() - self.idle_since
-            self.idle_since = None
-
-    def unassign(self, key: GroupKey) -> None:
-        self.load -= self.outstanding.pop(key, 0)
-        if not self.outstanding and self.idle_since is None:
-            self.idle_since = time.monotonic()
-
-    def take_idle_s(self) -> float:
-        """Seconds without work since the last call."""
-        now = time.monotonic()
-        if self.idle_since is not None:
-            self.idle_s += now - self.idle_since
-            self.idle_since = now
-        idle, self.idle_s = self.idle_s, 0.0
-        return idle
+START_S = 300.0
+HEARTBEAT = "stats"
 
 
 class Fleet:
@@ -90,13 +45,13 @@ class Fleet:
         self.config = config
         self.generators = generators
         self.changed = changed
-        self.on_installed: list[Installed] = []
-        self.failed_installs = 0  # since the journal last looked
+        self.upkeep: Replacements | None = None  # nobody is replaced
+        self.starter: Starter | None = None
         self._calls = Calls()
-        self._newest: tuple[Manifest, Sequence[Any]] | None = None
-        self._installers: dict[str, asyncio.Task[None]] = {}
-        self._error: BaseException | None = None
-        self._moved = asyncio.Event()  # a group left a generator, a version was installed, a generator failed
+        self.weights = Distribution(self._ask, lambda: self.taking, self.mark_failed, self._weights_moved, config)
+        self.weights.on_installed.append(self._installed)
+        self._moved = asyncio.Event()  # a group left a generator, a version was installed, a generator came or failed
+        self._error: RunError | None = None
 
     @classmethod
     async def start(
@@ -110,21 +65,15 @@ class Fleet:
     ) -> Fleet:
         """Starts all generators, in ``slots`` or in places of their own, and waits until each is ready. Raises RunError
         naming the one that is not."""
-        width = config.generator.width
-        generators = []
-        for index in range(config.generator.count):
-            name = f"generator-{index}"
-            slot = slots[index] if slots else placement.reserve(cluster, width, cpu_share, name, one_node=True)
-            options = slot.options(0, gpus=0 if width > 1 else None, **ACTOR_OPTIONS)
-            actor = (
-                ray.remote(GeneratorActor)
-                .options(**options)
-                .remote(name, model_path, config.model_dump(mode="json"), {"device": cluster.device})
-            )
-            generators.append(Generator(name, actor, slot))
+        starter = Starter(config, model_path, cluster, cpu_share)
+        generators = [Generator(*started) for started in starter.first(slots)]
         refs = {g.name: g.actor.ready.remote() for g in generators}
-        await asyncio.to_thread(placement.wait_ready, refs)
-        return cls(config, generators, changed)
+        told = await asyncio.to_thread(placement.wait_ready, refs)
+        for generator in generators:
+            generator.key = told[generator.name]["member_key"]
+        fleet = cls(config, generators, changed)
+        fleet.starter = starter
+        return fleet
 
     @property
     def alive(self) -> list[Generator]:
@@ -132,8 +81,22 @@ class Fleet:
 
     @property
     def serving(self) -> list[Generator]:
-        """Alive and not detached: those that training's groups are issued to."""
+        """Those that training's groups are issued to."""
         return [g for g in self.generators if g.serves]
+
+    @property
+    def taking(self) -> list[Generator]:
+        """Those that are to have the newest version: the serving ones, and those that join."""
+        return [g for g in self.generators if g.takes_weights]
+
+    async def someone(self) -> list[Generator]:
+        """Those that serve; where nobody does, once a replacement does. Raises RunError when none will."""
+        while not self.serving:
+            self._keep_someone("none serves")
+            self.check()
+            self._moved.clear()
+            await self._moved.wait()
+        return self.serving
 
     def calls(self) -> list[Pending]:
         """Remote calls that have not been answered, oldest first."""
@@ -194,6 +157,12 @@ class Fleet:
         await asyncio.gather(*(one(g, owners[g.name]) for g in self.alive if g.name in owners))
         return found
 
+    async def hand_over(self, generator: Generator, keys: Sequence[GroupKey]) -> list[tuple[GroupHeader, Group]]:
+        """Ends groups now: what each is so far, complete or not. Those that the generator does not hold are left out. Raises
+        CallFailed."""
+        found: list[tuple[GroupHeader, Group]] = await self._ask(generator, "hand_over", CONTROL_S, list(keys))
+        return found
+
     async def score(
         self, generator: Generator, sequences: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> tuple[Version, list[np.ndarray]]:
@@ -214,7 +183,7 @@ class Fleet:
         return await self._calls.answer(ref, deadline_s, generator.name, method)
 
     def mark_failed(self, generator: Generator, error: CallFailed) -> None:
-        """Takes a dead or silent generator out of service. Raises RunError when it was the last one.
+        """Takes a dead or silent generator out of service. Raises RunError when it was the last one and is not replaced.
 
         Its actor is ended, so that every call that still waits for it fails at once and its groups are issued again.
         """
@@ -223,12 +192,74 @@ class Fleet:
         generator.alive = False
         ray.kill(generator.actor)
         log.error("%s is out of service: %s", generator.name, error)
+        if self.upkeep is not None and not generator.leaving:
+            self.upkeep.replace(generator, error)
         self._moved.set()
         self.changed()
-        if not self.alive:
-            raise RunError(f"no generator is left; the last one failed: {error}")
-        if not self.serving:  # an evaluation has the last one: training comes first
-            self.attach(self.alive[0])
+        self._keep_someone(f"the last one failed: {error}")
+
+    def _keep_someone(self, why: str) -> None:
+        """Training comes first: where nobody serves, one that is lent or about to leave is taken back. Raises RunError when
+        there is none and none is on its way."""
+        if self.serving:
+            return
+        if back := next((g for g in self.alive if not g.joining), None):
+            back.leaving = False
+            self.attach(back)
+        elif not any(g.joining for g in self.alive) and not (self.upkeep and self.upkeep.expected):
+            raise RunError(f"no generator is left; {why}")
+
+    # ---------------------------------------------------------------- coming and going
+
+    async def ready(self, name: str, actor: Any) -> str:
+        """The member key of an actor that has been started. Raises CallFailed when it has not come up within ``START_S``."""
+        told = await self._calls.answer(actor.ready.remote(), START_S, name, "ready")
+        return str(told["member_key"])
+
+    async def join(self, generator: Generator) -> None:
+        """Takes a generator in, in the place of a dead one of its name if there is one. It serves after its first install.
+        Raises RunError when it cannot be told how to get weights."""
+        if self.weights.newest is not None:  # else it is like those that a run starts with
+            generator.joining = True
+            await self.weights.join(generator)
+        names = [g.name for g in self.generators]
+        if generator.name in names:
+            self.generators[names.index(generator.name)] = generator
+        else:
+            self.generators.append(generator)
+        self.look_again("")
+
+    def _installed(self, generator: Generator, version: Version) -> None:
+        generator.joining = False
+
+    def is_busy(self, generator: Generator) -> bool:
+        """Whether a group or a call is in flight on it."""
+        pending = any(c.actor == generator.name and c.method != HEARTBEAT for c in self._calls.pending())
+        return bool(generator.outstanding) or pending
+
+    async def dismiss(self, generator: Generator) -> None:
+        """Ends a generator for good and gives its place back. What is in flight on it fails and is issued again."""
+        was_alive, generator.alive = generator.alive, False
+        self.generators = [g for g in self.generators if g is not generator]
+        if was_alive:
+            await self._end(generator)
+        generator.slot.release()
+        self.look_again(f"{generator.name} has left")
+
+    async def _end(self, generator: Generator) -> None:
+        try:
+            await self._ask(generator, "close", CLOSE_S)
+        except CallFailed as error:
+            log.warning("closing: %s", error)
+        ray.kill(generator.actor)
+
+    def look_again(self, why: str) -> None:
+        """Somebody came, left, or does not come: the run ends when nobody is left, and those who wait look again."""
+        try:
+            self._keep_someone(why)
+        except RunError as error:
+            self._error = self._error or error
+        self._weights_moved()
 
     # ---------------------------------------------------------------- taking turns
 
@@ -241,14 +272,20 @@ class Fleet:
         await self._everyone("wake")
 
     async def _everyone(self, method: str) -> None:
-        """Raises RunError when no generator is left."""
+        """One that refuses (a group that is still in flight) is asked again for a while; then it is out of service, since it
+        would be in the way. Raises RunError when no generator is left."""
+        until = time.monotonic() + CONTROL_S
 
         async def one(generator: Generator) -> None:
-            try:
-                await self._ask(generator, method, self.config.weights.deadline_s)
-            except CallFailed as error:
-                log.error("%s failed: %s", method, error)
-                self.mark_failed(generator, CallFailed(generator.name, str(error), gone=True))
+            while generator.alive:
+                try:
+                    await self._ask(generator, method, self.config.weights.deadline_s)
+                    return
+                except CallFailed as error:
+                    log.warning("%s failed: %s", method, error)
+                    if error.gone or time.monotonic() >= until:
+                        self.mark_failed(generator, CallFailed(generator.name, str(error), gone=True))
+                await asyncio.sleep(REFUSED_S)
 
         await asyncio.gather(*(one(g) for g in self.serving))
 
@@ -259,18 +296,19 @@ class Fleet:
         ``version`` must be the newest when this is called. Raises RunError when it is not, when no other generator would
         serve, or when the generator is not free within ``deadline_s`` (it then serves on); CallFailed when it fails.
         """
-        if self._newest is None or self._newest[0].version != version:
-            newest = self._newest and self._newest[0].version
+        if (newest := self.weights.newest) != version:
             raise RunError(f"{generator.name} cannot be detached at version {version}: the newest is {newest}")
         if generator not in self.serving or len(self.serving) < 2:
             raise RunError(f"{generator.name} cannot be detached: it does not serve, or no other one does")
-        manifest, refs = self._newest
+        offer = self.weights.offer_for(generator)
+        if offer is None:
+            raise RunError(f"{generator.name} cannot be detached: version {version} has not reached it")
         generator.detached = True
         try:
             async with asyncio.timeout(deadline_s):
                 await self._drained(generator)
                 while generator.alive and generator.detached and generator.installed != version:
-                    await self._install_once(generator, manifest, refs)
+                    await self.weights.install_once(generator, offer)
         except TimeoutError:
             self.attach(generator)
             raise RunError(f"{generator.name} was not free within {deadline_s:.0f} s") from None
@@ -287,94 +325,67 @@ class Fleet:
         while generator.alive and generator.detached and generator.outstanding:
             self._moved.clear()
             await self._moved.wait()
-        running = self._installers.get(generator.name)
-        if running is not None:
-            await asyncio.wait({running})
+        await self.weights.idle(generator)
 
     def attach(self, generator: Generator) -> None:
         """Gives a detached generator back to training: it installs the newest version and gets groups again."""
         generator.detached = False
         if generator.alive:
-            self._start_installing(generator)
+            self.weights.start(generator)
         self._moved.set()
         self.changed()
 
     # ---------------------------------------------------------------- weights
 
-    def publish(self, manifest: Manifest, refs: Sequence[Any]) -> None:
-        """Makes a version the newest; each serving generator installs it as soon as it can, skipping versions in
-        between."""
-        self._newest = (manifest, refs)
-        for generator in self.serving:
-            self._start_installing(generator)
-
-    def _start_installing(self, generator: Generator) -> None:
-        running = self._installers.get(generator.name)
-        if running is None or running.done():
-            task = self._installers[generator.name] = asyncio.create_task(self._install(generator))
-            task.add_done_callback(self._install_ended)
+    @property
+    def members(self) -> list[Member]:
+        """Those that the next version is sent to."""
+        return [Member(g.name, g.key) for g in self.taking]
 
     async def wait_installed(self, version: Version, deadline_s: float) -> None:
         """Returns when every serving generator, at least one, has ``version``. Raises RunError after the deadline."""
-
-        try:
-            async with asyncio.timeout(deadline_s):
-                while not self.serving or any(g.installed != version for g in self.serving):
-                    self._moved.clear()
+        limit: float | None = None
+        while not self.serving or any(g.installed != version for g in self.serving):
+            if not self.serving:
+                await self.someone()
+                limit = None
+            limit = limit or time.monotonic() + deadline_s
+            self._moved.clear()
+            try:
+                async with asyncio.timeout(max(0.0, limit - time.monotonic())):
                     await self._moved.wait()
-                    self.check()
-        except TimeoutError:
-            late = [g.name for g in self.serving if g.installed != version] or ["no generator"]
-            raise RunError(f"{', '.join(late)} did not install version {version} within {deadline_s:.0f} s") from None
+            except TimeoutError:
+                late = [g.name for g in self.serving if g.installed != version] or ["no generator"]
+                raise RunError(
+                    f"{', '.join(late)} did not install version {version} within {deadline_s:.0f} s"
+                ) from None
+            self.check()
 
-    async def _install(self, generator: Generator) -> None:
-        """Installs the newest version, and what has become the newest meanwhile."""
-        while generator.alive and not generator.detached and self._newest:
-            manifest, refs = self._newest
-            if generator.installed == manifest.version:
-                return
-            await self._install_once(generator, manifest, refs)
-
-    async def _install_once(self, generator: Generator, manifest: Manifest, refs: Sequence[Any]) -> None:
-        """One try. Takes the generator out of service when it is gone or has failed too often."""
-        try:
-            generator.last_install = await self._ask(
-                generator, "install", self.config.weights.deadline_s, manifest, list(refs)
-            )
-        except CallFailed as error:
-            generator.failures += 1
-            self.failed_installs += 1
-            log.warning("%s keeps serving %s: %s", generator.name, generator.installed, error)
-            if error.gone or generator.failures >= INSTALL_TRIES:
-                self.mark_failed(generator, CallFailed(generator.name, str(error), gone=True))
-            return
-        generator.failures = 0
-        generator.installed = manifest.version
+    def _weights_moved(self) -> None:
         self._moved.set()
-        for call in self.on_installed:
-            call(generator, manifest.version)
         self.changed()
 
-    def _install_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()):
-            self._error = self._error or error
-            self._moved.set()
-            self.changed()
+    async def probe(self) -> None:
+        """Asks every generator that takes weights whether it is there, and takes those out of service that do not answer."""
+
+        async def one(generator: Generator) -> None:
+            try:
+                await self.stats(generator, PROBE_S)
+            except CallFailed as error:
+                self.mark_failed(generator, error)
+
+        await asyncio.gather(*(one(g) for g in self.taking))
 
     def check(self) -> None:
-        """Raises what an installer raised: nothing else would notice."""
+        """Raises what went wrong beside everything: nothing else would notice."""
         if self._error:
             raise self._error
+        self.weights.check()
 
     async def close(self) -> None:
-        for task in self._installers.values():
-            task.cancel()
+        await self.weights.close()
         for generator in self.alive:
-            try:
-                await self._ask(generator, "close", CLOSE_S)
-            except CallFailed as error:
-                log.warning("closing: %s", error)
-            ray.kill(generator.actor)
+            await self._end(generator)
             generator.alive = False
         for generator in self.generators:
             generator.slot.release()

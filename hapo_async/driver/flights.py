@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from hapo_async.types import Prompt
 
+GENERATING, MOVING, VERIFYING = "generating", "moving", "verifying"
+"""Stages of a flight; moving: between two generators."""
+
 
 @dataclass
 class Flight:
@@ -17,7 +20,7 @@ class Flight:
     generator: str
     step: int
     started: float
-    stage: str = "generating"
+    stage: str = GENERATING
     lengths: tuple[int, ...] | None = None
 
 

@@ -13,7 +13,7 @@ import ray
 
 from hapo_async import algorithms, group_stats, metrics, rollouts
 from hapo_async.config import Config
-from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import Trained, Trainer
@@ -52,7 +52,9 @@ class Journal:
         self.rollouts = rollouts.RolloutWriter(folder.path / "rollouts", config.rollouts.sample, config.seed)
         self._algorithm = algorithms.get(config.algorithm)
         self._recording: asyncio.Future[None] | None = None
-        self._tokens_before = {g.name: 0 for g in fleet.generators}
+        self._tokens_before: dict[Generator, int] = {}
+        self.scaling: Mapping[str, Any] = {}  # the last request to scale
+        self._row: Mapping[str, Any] = {}
         self._forget_idling()
 
     async def step(self, trained: Trained, trainer: Trainer, extra: Mapping[str, float]) -> None:
@@ -69,7 +71,8 @@ class Journal:
         await self.settle()
         self._recording = asyncio.ensure_future(self._keep_rollouts(trained))
         self.view.update(trained.step, row)
-        self.status("running", trainer, row)
+        self._row = row
+        self.status("running", trainer)
 
     async def settle(self) -> None:
         """Returns when the rollouts of the last step are in their file; they are written beside the next one. Raises what
@@ -95,8 +98,9 @@ class Journal:
         for generator in self.fleet.generators:
             generator.take_idle_s()
 
-    def status(self, state: str, trainer: Trainer, row: Mapping[str, Any] | None = None) -> None:
-        row = row or {}
+    def status(self, state: str, trainer: Trainer) -> None:
+        """What `hapo-async status` prints, with the numbers of the last step while the run goes on."""
+        row = self._row if state == "running" else {}
         self.folder.write_status(
             {
                 "state": state,
@@ -109,13 +113,14 @@ class Journal:
                 "generators": [
                     {
                         "name": g.name,
-                        "state": "healthy" if g.alive else "dead",
+                        "state": g.state,
                         "version": str(g.installed),
                         "groups": len(g.outstanding),
                     }
                     for g in self.fleet.generators
                 ],
                 "verifiers": self.judges.count,
+                "scaling": dict(self.scaling),
                 "bottleneck": row.get("bottleneck", ""),
                 "advice": row.get("advice", ""),
                 "metrics": {k: v for k, v in row.items() if k not in ("step", "time", "bottleneck", "advice")},
@@ -136,8 +141,8 @@ class Journal:
         ledger |= {f"ledger/dropped/{k}": float(v) for k, v in trainer.ledger.dropped_reasons.items()}
         per_generator = {}
         for generator in self.fleet.generators:
-            new = generator.tokens - self._tokens_before[generator.name]
-            self._tokens_before[generator.name] = generator.tokens
+            new = generator.tokens - self._tokens_before.get(generator, 0)
+            self._tokens_before[generator] = generator.tokens
             per_generator[f"throughput/generate_tokens_per_s/{generator.name}"] = new / seconds
         out = {
             "throughput/generate_tokens_per_s": tally.generated_tokens / seconds,
@@ -147,7 +152,7 @@ class Journal:
             "buffer/blocked_s": tally.blocked_s,
             "buffer/groups": len(trainer.buffer),
             "buffer/fill": len(trainer.buffer) / trainer.buffer.capacity,
-            "weights/failed": self.fleet.failed_installs,
+            "weights/failed": self.fleet.weights.failed + trainer.failed_transfers,
             "weights/version": trained.step,
             "weights/lag": max(lags.values(), default=0),
             **{f"weights/version/{g.name}": g.installed.step for g in alive if g.installed},
@@ -163,7 +168,7 @@ class Journal:
             **{f"verify/{v}": tally.verdicts.get(v, 0) for v in ("unparseable", "timeout", "oom", "crash")},
             **ledger,
         }
-        trainer.expired = trainer.late = trainer.truncated = self.fleet.failed_installs = 0
+        trainer.expired = trainer.late = trainer.truncated = trainer.failed_transfers = self.fleet.weights.failed = 0
         if tally.verify_s:
             out["time/verify_s"] = float(np.mean(tally.verify_s))
         if tally.generate_s:

@@ -12,7 +12,9 @@ While an offline run trains, its generators serve evaluations alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +38,10 @@ from hapo_async.errors import ConfigError, DataError, RunError, UserError
 from hapo_async.holdout import EarlyStop, Split
 from hapo_async.recipe import Recipe
 from hapo_async.rundir import RunDir
+from hapo_async.sequences import Sequence as TokenSequence
+from hapo_async.sequences import TrainGroup, to_score
 from hapo_async.types import GateDecision, GatedGroup, Group, GroupHeader, GroupKey, Judgement, Prompt, Version
+from hapo_async.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +113,7 @@ class Offline:
             missing = "the reference's log-probs"
         if missing:
             raise ConfigError(
-                f"the run has trained {step} steps, but {str(self.cache.folder)!r} no longer holds {missing}, which come "
+                f"the run has trained {plural(step, 'step')}, but {str(self.cache.folder)!r} no longer holds {missing}, which come "
                 "from the policy before its first step. Put the folder back, or start anew: run.resume=never."
             )
 
@@ -122,6 +127,11 @@ class Offline:
                 "(sampling.n), a higher sampling.temperature, or look at the verifier (hapo-async check-verifier)."
             )
 
+    def status(self) -> dict[str, Any]:
+        """How far the answers are, for ``status.json``."""
+        there, total = len(self.cache.entries), len(self.prompts)
+        return {"answers": {"folder": str(self.cache.folder), "done": there, "of": total}}
+
     # ---------------------------------------------------------------- stage 1
 
     async def generate(self, fleet: Fleet, judges: Judges, say: Say) -> None:
@@ -134,7 +144,7 @@ class Offline:
             await asyncio.to_thread(self.cache.begin)
             missing = self.cache.missing(list(self.prompts.values()))
             say(
-                f"answers: sampling {c.sampling.n} to each of {len(missing)} prompts at temperature "
+                f"answers: sampling {c.sampling.n} to each of {plural(len(missing), 'prompt')} at temperature "
                 f"{c.sampling.temperature:g} into {self.cache.folder} ({len(self.cache.entries)} are there)"
             )
             await self._sample(missing, fleet, judges)
@@ -152,7 +162,7 @@ class Offline:
 
     async def _sample(self, prompts: list[Prompt], fleet: Fleet, judges: Judges) -> None:
         s = self.config.sampling
-        settings = {NAME: EvalConfig(n=s.n, temperature=s.temperature, max_tokens=s.max_tokens)}
+        settings = {NAME: EvalConfig(n=s.n, sampling={"temperature": s.temperature, "max_tokens": s.max_tokens})}
         evaluator = Evaluator(self.config, {NAME: prompts}, fleet, judges, settings=settings, keep=self._keep)
         await evaluator.score(NAME, prompts, 0)
 
@@ -161,14 +171,14 @@ class Offline:
         self.cache.append(scored.prompt, group, scored.judgements)
         done, total = len(self.cache.entries), len(self.prompts)
         if done * 10 // total > (done - 1) * 10 // total:
-            self._say(f"answers: {done} of {total} prompts")
+            self._say(f"answers: {done} of {plural(total, 'prompt')}")
 
     async def score(self, learner: LearnerGroup, say: Say) -> None:
         """Log-probs of the answers under the learner's weights, which must be those that it started from."""
         if not self.needs_reference or self.cache.has_reference:
             return
         uids = self.cache.mixed()
-        say(f"answers: scoring those of {len(uids)} prompts under the reference")
+        say(f"answers: scoring those of {plural(len(uids), 'prompt')} under the reference")
         scores: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(uids), SCORED_AT_ONCE):
             part = uids[start : start + SCORED_AT_ONCE]
@@ -212,11 +222,11 @@ class Offline:
         self.early.see(version.step, loss)
         return {"offline/holdout_loss": loss}
 
-    def _held_out(self) -> list[inject.TrainGroup]:
+    def _held_out(self) -> list[TrainGroup]:
         found = [self._compose(self.prompts[uid]) for uid in self.split.held_out]
         return [train for train in found if train is not None]
 
-    def _compose(self, prompt: Prompt) -> inject.TrainGroup | None:
+    def _compose(self, prompt: Prompt) -> TrainGroup | None:
         cached = self.take(GroupKey(HELD_OUT_EPOCH, prompt.uid, 0), prompt)
         closed = GateDecision(False, 0, 0, 0.0, reason="offline")
         gated = GatedGroup(cached.header, cached.payload, prompt, tuple(cached.judgements), closed)
@@ -230,26 +240,9 @@ class Offline:
         return {f"offline/prompts/{name.replace(' ', '_')}": float(count) for name, count in out.items()}
 
 
-def sequences_of(group: Group) -> list[inject.Sequence]:
+def sequences_of(group: Group) -> list[TokenSequence]:
     """The answers of a group that hold a token, to be scored at temperature 1."""
-    return [
-        inject.Sequence(
-            prompt_tokens=group.prompt_tokens,
-            tokens=a.tokens,
-            sources=a.sources,
-            logp_behave=a.logp_behave,
-            version_steps=a.version_steps,
-            advantage=0.0,
-            reward=0.0,
-            judged=True,
-            is_teacher=False,
-            temperature=1.0,
-            group=0,
-            confidence=0.0,
-        )
-        for a in group.answers
-        if a.length
-    ]
+    return [to_score(group.prompt_tokens, a.tokens, a.sources) for a in group.answers if a.length]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -259,19 +252,42 @@ def sequences_of(group: Group) -> list[inject.Sequence]:
 def generate_only(prepared: Prepared, say: Say) -> Path:
     """Samples the answers without a learner; returns their folder. Raises UserError before anything starts, RunError
     after."""
-    c = prepared.config
+    c, began = prepared.config, time.monotonic()
     with RunDir(c) as folder:
         offline = Offline.open(prepared, folder.path)
         if offline.cache.complete:
             say(f"answers: {offline.cache.folder}: complete already; {offline.split.text()}")
             return offline.cache.folder
+
+        def note(state: str) -> None:
+            if not folder.has_metrics:  # what a run says of its training stays
+                folder.write_status({"state": state, "seconds": time.monotonic() - began, **offline.status()})
+
+        def tell(text: str) -> None:
+            say(text)
+            note("running")
+
         cluster = placement.join(c.generator.count)
         try:
             check_libraries(c, cluster.device == "cuda")
-            asyncio.run(_generate(offline, prepared, cluster, say))
+            asyncio.run(_generate(offline, prepared, cluster, tell))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                note("failed")
+            raise
         finally:
             cluster.stop()
+        note("done")
         return offline.cache.folder
+
+
+def preview(prepared: Prepared) -> str:
+    """What there is of the answers, in a line for people. Raises UserError where they do not fit the run."""
+    offline = Offline.open(prepared, RunDir(prepared.config).path)
+    cache, total = offline.cache, plural(len(offline.prompts), "prompt")
+    if cache.complete:
+        return f"answers: {cache.folder}: complete; {offline.split.text()}"
+    return f"answers: {cache.folder}: {len(cache.entries)} of {total} there; the others are sampled first"
 
 
 async def _generate(offline: Offline, prepared: Prepared, cluster: placement.Cluster, say: Say) -> None:

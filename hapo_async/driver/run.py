@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from hapo_async.driver import starting, tasks
 from hapo_async.driver.beside import BesideTraining
 from hapo_async.driver.canary import Canary
 from hapo_async.driver.evaluation import Evaluator
+from hapo_async.driver.generators import Generator
 from hapo_async.driver.journal import Journal
 from hapo_async.driver.offline import Offline
 from hapo_async.driver.outcome import Outcome, outcome_rows
@@ -35,7 +36,10 @@ from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.setup import Prepared, check_libraries
 from hapo_async.driver.training import StepTimes, Trained, Trainer
 from hapo_async.driver.watchdog import Watchdog
+from hapo_async.driver.scaling import Scaler
+from hapo_async.driver.upkeep import Upkeep
 from hapo_async.errors import RunError
+from hapo_async.events import EVENTS_FILE, Events
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
 from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
@@ -108,7 +112,8 @@ class _Run:
             writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
             if purge is not None:
                 rollouts.discard(self.folder.path, purge)
-                metrics.discard(self.folder.path / QUARANTINE_FILE, purge)
+                for name in (QUARANTINE_FILE, EVENTS_FILE):
+                    metrics.discard(self.folder.path / name, purge)
             self.sampler.retries.quarantine = Quarantine(self.folder.path)
             view = stack.enter_context(LiveView(self.config.train.steps, began=self.began))
             if self.resumed:
@@ -117,14 +122,14 @@ class _Run:
             self.journal = Journal(
                 self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler, self.began
             )
+            self._start_upkeep(stack)
             try:
                 with self._signals():
                     await self._train()
             except BaseException as error:
                 self.journal.status("failed", self.trainer)
                 if isinstance(error, Exception):
-                    with contextlib.suppress(Exception):
-                        await self.journal.settle()
+                    await self._write_rest()
                 raise
             finished = not self.trainer.stopping
             seconds = self.journal.elapsed_s()
@@ -183,6 +188,14 @@ class _Run:
         watching = asyncio.create_task(self.watchdog.run())
         stack.push_async_callback(tasks.end, watching)
 
+    def _start_upkeep(self, stack: contextlib.AsyncExitStack) -> None:
+        """From now on generators and verifiers that die are replaced."""
+        self.events = Events(self.folder.path, lambda: self.trainer.version.step, self._say)
+        assert self.fleet.starter is not None
+        self.upkeep = Upkeep(self.fleet, self.fleet.starter, self.events.add)
+        stack.push_async_callback(self.upkeep.close)
+        self.judges.note = self.events.add
+
     def _say(self, text: str) -> None:
         """A line for people, above the live view."""
         self.view.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -191,7 +204,7 @@ class _Run:
 
     async def _train(self) -> None:
         await self.trainer.publish()
-        await self.fleet.wait_installed(self.version, self.config.weights.deadline_s)
+        await self.trainer.everywhere()
         if not self.resumed:
             await self._checkpoint(0)  # from here on the same command continues, however the run ends
         if self.offline and not await self._prepare_answers(self.offline):
@@ -201,13 +214,24 @@ class _Run:
             self.journal.evaluation(0, values | (self.offline.counts() if self.offline else {}))
         feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
         training = asyncio.create_task(self.trainer.run(self._committed))
+        scaling = asyncio.create_task(self._scaler().run())
         try:
             done, _ = await asyncio.wait({feeding, training}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await tasks.end(feeding, training)
+            await tasks.end(scaling, feeding, training)
         await self._finish()
+
+    def _scaler(self) -> Scaler:
+        def hand_over(generator: Generator) -> Awaitable[tuple[int, int]]:
+            return self.sampler.handover.take_from(self.fleet, generator)
+
+        def changed(told: dict[str, Any]) -> None:
+            self.journal.scaling = told
+            self.journal.status("running", self.trainer)
+
+        return Scaler(self.config, self.folder.path, self.upkeep, self.judges, hand_over, self.events.add, changed)
 
     async def _prepare_answers(self, offline: Offline) -> bool:
         """The cached answers, sampled, judged and scored where that has not been done; False when a signal came first.
@@ -239,13 +263,18 @@ class _Run:
             else:
                 self.beside.start(step, self.trainer.version)
         self._take_beside()
-        await self.journal.step(trained, self.trainer, extra | self.canary.take() | self.watchdog.take())
+        await self.journal.step(trained, self.trainer, extra | self._taken())
         self.trainer.enough = bool(self.note)
         times = StepTimes()
         if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
             await self._checkpoint(step)
             times.checkpoint = time.monotonic() - times.began
         return times
+
+    def _taken(self) -> dict[str, float]:
+        """What the parts beside the loop measured since the last step."""
+        restarts = {"scale/restarts": float(self.upkeep.take() + self.judges.take())}
+        return self.canary.take() | self.watchdog.take() | restarts
 
     async def _evaluate(self, step: int) -> dict[str, float]:
         """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers. Given
@@ -264,7 +293,7 @@ class _Run:
         self._take_beside()  # older ones first: the last evaluation is the newest
         if not self.evaluator.sets:
             return {}
-        await self.fleet.wait_installed(self.trainer.version, self.config.weights.deadline_s)
+        await self.trainer.everywhere()
         self.last_evals = await self.evaluator.run(step, version=self.trainer.version)
         return dict(self.last_evals)
 
@@ -304,6 +333,14 @@ class _Run:
         path = await self._checkpoint(step)
         with self.watchdog.during("copies the model"):
             await asyncio.to_thread(copy_model, path / "model", self.folder.model)
+
+    async def _write_rest(self) -> None:
+        """What a run that fails still has to write down: rollouts, and evaluations that ended beside it or are given up."""
+        with contextlib.suppress(Exception):
+            await self.journal.settle()
+        with contextlib.suppress(Exception):
+            await self.beside.close()
+            self._take_beside()
 
     async def _checkpoint(self, step: int) -> Path:
         began = time.monotonic()

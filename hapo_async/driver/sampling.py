@@ -14,13 +14,14 @@ import numpy as np
 
 from actors.calls import CallFailed
 from hapo_async import gate
-from hapo_async.admission import capacity
+from hapo_async.admission import capacity, excess
 from hapo_async.algorithms import Algorithm
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
 from hapo_async.driver.fleet import Fleet, Generator
-from hapo_async.driver.flights import Flight, Tally
+from hapo_async.driver.flights import MOVING, VERIFYING, Flight, Tally
+from hapo_async.driver.handover import HandOver
 from hapo_async.driver.intake import Intake
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.offline import Offline
@@ -63,6 +64,7 @@ class Sampler:
         self.intake = Intake(config, algorithm, options, ledger, buffer, len(stream))
         self.posteriors = self.intake.posteriors
         self.retries = Retries(ledger, config.train.batch_prompts)
+        self.handover = HandOver(self.flights, ledger, self.retries, self._sampling, self.wake)
         self.offline: Offline | None = None  # the cached answers, of an offline algorithm
         self.changed = asyncio.Event()
         self.arrived = asyncio.Event()
@@ -100,6 +102,7 @@ class Sampler:
                 elif self.demonstrations_ahead:
                     self._issue_demonstrations()
                 else:
+                    self._continue(fleet, judges)
                     self._issue(fleet, judges)
             self._clock_the_bound()
             if self.drained:
@@ -113,6 +116,11 @@ class Sampler:
         is_full = self._untrained >= self.config.most_untrained
         is_full = is_full and len(self.buffer) >= self.config.train.batch_prompts
         self._blocked_since = now if is_full and not self.hold else None
+
+    def _continue(self, fleet: Fleet, judges: Judges) -> None:
+        """Groups that another generator has begun."""
+        for generator, request in self.handover.place(fleet, self.config.generator.max_concurrent, self._mean_length):
+            self._start(self._follow(fleet, judges, generator, request.key, request))
 
     def _issue(self, fleet: Fleet, judges: Judges) -> None:
         """Gives every free place a prompt, each time to the generator with the fewest tokens outstanding."""
@@ -136,11 +144,11 @@ class Sampler:
             heapq.heapreplace(roomy, (generator.load, place, generator))
         for generator, requests in rounds.values():
             # Several enter the engine together, in one call; one alone, the usual case, needs no call of its own for that.
-            alone = len(requests) == 1
+            first, *more = requests
             self._start(
-                self._follow(fleet, judges, generator, requests[0].key, requests[0])
-                if alone
-                else self._dispatch(fleet, judges, generator, requests)
+                self._dispatch(fleet, judges, generator, requests)
+                if more
+                else self._follow(fleet, judges, generator, first.key, first)
             )
 
     def _roomy(self, fleet: Fleet) -> list[tuple[int, int, Generator]]:
@@ -257,7 +265,7 @@ class Sampler:
         if not self.ledger.is_current(key):
             return  # given up in the meantime: a late answer is fenced by its attempt
         self._count_generated(header)
-        flight.stage, flight.lengths = "verifying", header.lengths
+        flight.stage, flight.lengths = VERIFYING, header.lengths
         flight.step = header.oldest.step if header.oldest else flight.step
         began = time.monotonic()
         try:
@@ -296,17 +304,20 @@ class Sampler:
     def _give_back(self, fleet: Fleet, generator: Generator, key: GroupKey, error: CallFailed) -> None:
         """Infrastructure failed: the prompt is issued again, a bounded number of times."""
         fleet.release(generator, key)
-        if not self.ledger.is_current(key):
+        flight = self.flights.get(key)
+        if not self.ledger.is_current(key) or (flight and flight.stage == MOVING):
             return
         self.flights.pop(key, None)
         self.retries.failed(key, self.step + 1, error)
         self.wake()
 
     async def give_up_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
-        """Drops groups that would grow too old: aborted, issued again once, then quarantined (``dropped(late)``).
+        """Of groups that would grow too old, drops as many as hold the learner up, the oldest first: aborted, issued again
+        once, then quarantined (``dropped(late)``).
 
         A generator counts as busy with them until it answers: one that is silent is not the first to get others.
         """
+        keys = self._excess(keys)
         owners = fleet.owners(keys)
         # The books first: whatever an aborted call brings then belongs to an attempt that is over.
         late: list[tuple[GroupKey, int, tuple[int, ...] | None]] = []
@@ -318,6 +329,18 @@ class Sampler:
         self.wake()
         # A generator that is silent must not hold up the learner as well.
         self._start(self._abort_late(fleet, owners, late, self.step + 1))
+
+    def _excess(self, keys: list[GroupKey]) -> list[GroupKey]:
+        """The oldest of ``keys``, as few as let the learner pass; of equally old ones those that have taken longest."""
+        flights = {key: self.flights[key] for key in keys if key in self.flights}
+        count = excess(
+            [f.step for f in self.flights.values()],
+            self.buffer.oldest_steps(),
+            step=self.step,
+            max_staleness=self.config.max_staleness,
+            batch_prompts=self.config.train.batch_prompts,
+        )
+        return sorted(flights, key=lambda key: (flights[key].step, flights[key].started))[:count]
 
     async def _abort_late(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hapo_async import algorithms, data, verify
+from hapo_async import algorithms, data, lora, verify
 from hapo_async.algorithms import Algorithm
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, DataError
@@ -45,6 +45,7 @@ def prepare(config: Config, gpus: bool | None = None) -> Prepared:
             "answers have no age. Set staleness.force_lag=0."
         )
     model_path = data.resolve_model(config.model)
+    lora.check(config, model_path)
     tokenizer = data.load_tokenizer(model_path)
     prompts, report = data.load_prompts(config, config.data.train, tokenizer, "train")
     reports = {config.data.train: report}
@@ -108,8 +109,8 @@ def check_context(config: Config, model_path: str, prompts: list[Prompt]) -> Non
     answer = max(config.sampling.max_tokens, config.eval.max_tokens)
     if longest + answer > limit:
         raise ConfigError(
-            f"the longest prompt ({longest} tokens) and sampling.max_tokens or eval.max_tokens ({answer}) exceed the model's "
-            f"{limit} positions. Lower the latter to {max(1, limit - longest)} or less, or data.max_prompt_tokens."
+            f"the longest prompt ({longest} tokens) and sampling.max_tokens or eval.sampling.max_tokens ({answer}) exceed the "
+            f"model's {limit} positions. Lower the latter to {max(1, limit - longest)} or less, or data.max_prompt_tokens."
         )
 
 

@@ -97,7 +97,7 @@ def _fit(config: Config, settings: EvalConfig, model_path: str, prompts: list[Pr
     if room < 1 or settings.max_tokens:
         check_context(config.model_copy(update={"eval": settings}), model_path, prompts)
     log.warning("answers are limited to %d tokens: the longest prompt leaves no more in this model's positions", room)
-    return settings.model_copy(update={"max_tokens": room})
+    return settings.model_copy(update={"sampling": settings.sampling | {"max_tokens": room}})
 
 
 async def _score(

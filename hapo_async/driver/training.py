@@ -12,18 +12,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from actors.learner import LearnerGroup
-from hapo_async import advantage, batch, gate, inject
+from actors.transports import Offer
+from hapo_async import advantage, batch, gate
 from hapo_async.admission import overdue
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
+from hapo_async.driver import tasks
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.sampling import Sampler
 from hapo_async.errors import RunError
 from hapo_async.ledger import Ledger
+from hapo_async.sequences import Sequence as TokenSequence
+from hapo_async.sequences import TrainGroup, demonstration, with_teacher
 from hapo_async.types import GroupKey, Version
 
 log = logging.getLogger(__name__)
 
+WANTING_S = 0.5
+SNAPSHOT = "ray"  # the transport of versions that some generators need once more
 SCORED_AT_ONCE = 256  # sequences that travel with one call
 
 
@@ -82,16 +88,66 @@ class Trainer:
         self.stopping = False
         self.enough = False  # the run is to end after this step, as if its data had
         self.expired = self.late = self.truncated = 0  # groups, since the journal last looked
+        fleet.weights.admit = learner.admit
         self.at_publish: Callable[[Version], Awaitable[None]] = _nothing
+        self.failed_transfers = 0  # versions, since the journal last looked
         self._bad_steps = 0
         self._in_turn = False
 
     async def publish(self) -> None:
         """Hands the learner's weights to the fleet under the current version."""
+        self.fleet.weights.publish(await self._gather(StepTimes()))
+
+    async def everywhere(self) -> None:
+        """Until every serving generator has the current version. Raises RunError after ``weights.deadline_s``."""
+        waiting = asyncio.create_task(self.fleet.wait_installed(self.version, self.config.weights.deadline_s))
+        try:
+            while not waiting.done():
+                await self._serve_wanting()
+                await asyncio.wait({waiting}, timeout=WANTING_S)
+            waiting.result()
+        finally:
+            await tasks.end(waiting)
+
+    async def _gather(self, times: StepTimes) -> Offer:
+        """The current version on its way, and measured by ``at_publish``."""
         async with self.turn():
-            manifest, refs = await self.learner.publish(self.version)
+            began = time.monotonic()
+            offer = await self._send()
+            times.sync += time.monotonic() - began
             await self.at_publish(self.version)
-        self.fleet.publish(manifest, refs)
+        return offer
+
+    async def _send(self) -> Offer:
+        """The current version, gathered and on its way. What could not be sent to several at once is sent once more as a
+        snapshot, after those that are dead or frozen were found. Raises RunError when that fails too."""
+        weights = self.fleet.weights
+        announced = await self.learner.announce(self.version, self.fleet.members)
+        if announced is not None:
+            weights.announce(announced)
+        published = await self.learner.publish(self.version)
+        if published.offer is not None:
+            if published.offer.members is not None:
+                await weights.fetched()
+            return published.offer
+        self.failed_transfers += 1
+        log.error("version %s did not reach the generators: %s", self.version, published.error)
+        await self.fleet.probe()
+        return await self._snapshot()
+
+    async def _snapshot(self) -> Offer:
+        """The current version for anybody who asks, through the object store."""
+        published = await self.learner.publish(self.version, SNAPSHOT)
+        if published.offer is None:
+            raise RunError(f"version {self.version} could not be published: {published.error}")
+        return published.offer
+
+    async def _serve_wanting(self) -> None:
+        """Generators that came after the newest version, or missed it, and have no other way to get it."""
+        if self.fleet.weights.wanting and self.fleet.weights.newest == self.version:
+            async with self.turn():
+                offer = await self._snapshot()
+            self.fleet.weights.publish(offer)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -127,14 +183,11 @@ class Trainer:
                 learned = await self._step(groups, times)
                 if learned is None:
                     continue
-                began = time.monotonic()
-                manifest, refs = await self.learner.publish(self.version)
-                times.sync += time.monotonic() - began
-                await self.at_publish(self.version)
-                began = time.monotonic()
+                offer = await self._gather(times)
+            began = time.monotonic()
             # Such a run samples nothing beside an evaluation: its batches then never depend on timing.
             self.sampler.hold = self.config.is_timing_free
-            self.fleet.publish(manifest, refs)
+            self.fleet.weights.publish(offer)
             for group in groups:
                 self.ledger.train(group.key, self.version.step)
             self.ledger.check()
@@ -167,7 +220,10 @@ class Trainer:
     async def _wait_for_fill(self, wanted: int, times: StepTimes) -> None:
         began = time.monotonic()
         limit_s = self.config.generator.deadline_s + 60.0
-        while not self._filled(wanted) and not self.sampler.drained and not self.stopping:
+        while True:
+            await self._serve_wanting()
+            if self._filled(wanted) or self.sampler.drained or self.stopping:
+                break
             try:
                 await self._arrival(limit_s)
             except TimeoutError:
@@ -293,20 +349,20 @@ class Trainer:
 
 
 async def choose_likeliest(
-    groups: list[Ready], score: Callable[[list[inject.Sequence]], Awaitable[list[np.ndarray]]]
+    groups: list[Ready], score: Callable[[list[TokenSequence]], Awaitable[list[np.ndarray]]]
 ) -> list[Ready]:
     """The groups, each teacher row with that demonstration of its prompt whose tokens have the highest mean log-prob
     (the first of equals). ``score`` gives the log-probs [T] of sequences under the policy; it is asked about prompts
     with a choice and no others."""
-    choices: list[tuple[int, int, inject.TrainGroup]] = []
+    choices: list[tuple[int, int, TrainGroup]] = []
     for place, group in enumerate(groups):
         teachers = group.gated.prompt.teachers
         usable = gate.usable_teachers(teachers) if group.train.teacher is not None else []
         if len(usable) > 1:
-            choices += [(place, index, inject.with_teacher(group.train, teachers, index)) for index in usable]
+            choices += [(place, index, with_teacher(group.train, teachers, index)) for index in usable]
     if not choices:
         return groups
-    asked = [inject.demonstration(train, groups[place].gated.prompt.tokens) for place, _, train in choices]
+    asked = [demonstration(train, groups[place].gated.prompt.tokens) for place, _, train in choices]
     parts = [asked[start : start + SCORED_AT_ONCE] for start in range(0, len(asked), SCORED_AT_ONCE)]
     scores = [logp for part in parts for logp in await score(part)]
     out, best = list(groups), {place: -np.inf for place, _, _ in choices}

@@ -186,6 +186,7 @@ class Watchdog:
         for name, actor in actors.items():
             if name not in self._pulses:
                 self._pulses[name] = Pulse(actor, now)
+            self._pulses[name].actor = actor  # one that has died may have been replaced
 
     def _actors(self) -> Iterator[Actor]:
         for generator in self.fleet.alive:

@@ -17,6 +17,7 @@ AMC, AMC23, AMC24 = r"amc(\d\d)?(\d\d)?", r"amc(20)?23", r"amc(20)?24"
 MATH500, MINERVA, OLYMPIAD = r"math500", r"minerva(math)?", r"olympiad(bench)?(math)?"
 GSM8K, PERTURB, GAOKAO = r"gsm8k(test)?", r"mathperturb\w*", r"gaokao\w*"
 ARC, GPQA = r"arcc(hallenge)?", r"gpqa(diamond)?"
+SAMPLED_BY = ("temperature", "top_p", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def overrides(protocol: Protocol | None, benchmark: str, n: int | None = None, k
     size = (answers if protocol and protocol.k_is_n else 1) if k is None else k
     values: dict[str, float | None] = {"n": answers, "k": size}
     if protocol:
-        values |= {name: getattr(protocol, name) for name in ("temperature", "top_p", "max_tokens")}
-    if answers > 1 and values.get("temperature") is None:
-        values["temperature"] = 1.0  # greedy answers would all be the same
+        values |= {f"sampling.{name}": getattr(protocol, name) for name in SAMPLED_BY}
+    if answers > 1 and values.get("sampling.temperature") is None:
+        values["sampling.temperature"] = 1.0  # greedy answers would all be the same
     return [f"eval.{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -102,10 +103,10 @@ def notes(protocol: Protocol, benchmarks: Sequence[str], given: Collection[str] 
     for benchmark in unnamed:
         count = f"{protocol.other} answer{'s' if protocol.other > 1 else ''} per prompt"
         out.append(f"protocol {protocol.name} does not name {benchmark!r}: its default of {count} is used")
-    missing = [name for name in ("temperature", "top_p", "max_tokens") if getattr(protocol, name) is None]
+    missing = [name for name in SAMPLED_BY if getattr(protocol, name) is None]
     missing = [name for name in missing if name not in given]
     if missing:
-        names = ", ".join(f"eval.{name}" for name in missing)
+        names = ", ".join(f"eval.sampling.{name}" for name in missing)
         sampled = " (temperature 1 where there are several answers)" if "temperature" in missing else ""
         out.append(f"protocol {protocol.name} does not give {names}: the configuration decides{sampled}")
     return out

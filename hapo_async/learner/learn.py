@@ -39,7 +39,7 @@ from hapo_async.reduction import Normaliser
 from hapo_async.upge import TokenBatch
 
 if TYPE_CHECKING:
-    from hapo_async.inject import Sequence
+    from hapo_async.sequences import Sequence
 
 log = logging.getLogger(__name__)
 

@@ -33,16 +33,16 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def training_flops(model: nn.Module, tokens: int, trained_tokens: int) -> float:
-    """Operations of one forward and backward pass of a Hugging Face causal LM: 6 per parameter and token, the head on
-    trained tokens alone. Attention scores, recomputation and scoring passes do not count: a lower bound.
+    """Operations of one forward and backward pass of a Hugging Face causal LM: 6 per parameter and token, 4 where it is
+    frozen, the head on trained tokens alone. Attention scores, recomputation and scoring passes do not count: a lower
+    bound.
 
     tokens: without padding. Sizes are the whole model's, also where ZeRO-3 leaves a rank only a part.
     """
     head = model.get_output_embeddings().weight  # type: ignore[operator]
     lookup = model.get_input_embeddings().weight  # type: ignore[operator]
-    tables = {id(p): _size(p) for p in (head, lookup)}
-    body = sum(_size(p) for p in model.parameters()) - sum(tables.values())
-    return 6.0 * (body * tokens + _size(head) * trained_tokens)
+    body = sum(_flops(p) for p in model.parameters() if p is not head and p is not lookup)
+    return body * tokens + _flops(head) * trained_tokens
 
 
 class Used(NamedTuple):
@@ -62,6 +62,11 @@ def measure(model: nn.Module, device: torch.device, tokens: int, trained_tokens:
     if not peak or seconds <= 0 or next(model.parameters()).dtype not in (torch.bfloat16, torch.float16):
         return Used(memory, None)
     return Used(memory, training_flops(model, tokens, trained_tokens) / (seconds * peak))
+
+
+def _flops(parameter: nn.Parameter) -> float:
+    """For one token."""
+    return (6.0 if parameter.requires_grad else 4.0) * _size(parameter)
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -58,10 +58,9 @@ class Tally:
         policy = batch.policy
         count = policy.sum()
         versioned = policy & (micro.version_step >= 0)
-        age = torch.where(versioned, batch.age, 0)
-        self.add({"staleness/mean": Mean(age.sum(), versioned.sum())})
+        self.add({"staleness/mean": Mean(torch.where(versioned, batch.age, 0).sum(), versioned.sum())})
         self.add({"train/teacher_tokens": Mean(batch.teachers.sum(), count)})
-        self._maxima.setdefault("staleness/max", []).append(age.max())
+        self._maxima.setdefault("staleness/max", []).append(torch.where(versioned, batch.age, -torch.inf).max())
         if batch.entropy is not None:
             self.add({"policy/entropy": Mean(torch.where(policy, batch.entropy.detach(), 0.0).sum(), count)})
         if batch.returns is not None and batch.value_old is not None:
@@ -105,7 +104,8 @@ class Tally:
 
 
 def merge(reports: Seq[RankReport]) -> dict[str, float]:
-    """Metrics of a step over all ranks: weighted means, sums, maxima, and what every rank agrees on."""
+    """Metrics of a step over all ranks: weighted means, sums, maxima, and what every rank agrees on. A mean or maximum over
+    nothing is left out."""
     means: dict[str, list[float]] = {}
     moments: dict[str, float] = {}
     out: dict[str, float] = dict(reports[0].shared)
@@ -117,7 +117,8 @@ def merge(reports: Seq[RankReport]) -> dict[str, float]:
         for name, value in report.sums.items():
             out[name] = out.get(name, 0.0) + value
         for name, value in report.maxima.items():
-            out[name] = max(out.get(name, value), value)
+            if value > -math.inf:
+                out[name] = max(out.get(name, value), value)
         for name, value in report.moments.items():
             moments[name] = moments.get(name, 0.0) + value
     for name, (total, weight) in means.items():

@@ -21,7 +21,7 @@ _POINTS = 240  # more points than that are averaged: the drawing is that wide
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``band``: half-widths drawn around it. ``points``: marks, for values that are measured now and then.
+    """One curve. ``band``: half-widths drawn around it; that of a share ends at 0 and 1. ``points``: marks, for values that are measured now and then.
     ``smooth``: draws the running mean in full and the raw values faintly. ``dots``: no line, for values
     that jump."""
 
@@ -80,18 +80,19 @@ def line_chart(
         y = frame.y(limit[0])
         parts.append(f'<line class="limit" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="limit-label" x="{frame.left + 6}" y="{y - 5:.1f}">{html.escape(limit[1])}</text>')
-    parts += [_curve(line, frame) for line in thinned]
+    parts += [_curve(line, frame, unit) for line in thinned]
     parts += _end_labels(thinned, frame, unit)
     return _svg(parts, frame, unit, size, [(line.label, line.color, line.steps, line.values) for line in thinned])
 
 
 def stack_chart(steps: Sequence[float], layers: Sequence[tuple[str, Sequence[float], int]], unit: str = "") -> str:
-    """SVG of stacked bars over steps; layers: (label, values, colour) from the bottom up."""
+    """SVG of stacked bars over steps; layers: (label, values, colour) from the bottom up. A bar that is cut where the axis
+    ends has a gap below its top (class ``break``)."""
     columns = [thin(steps, values, 120)[1] for _, values, _ in layers]
     xs = thin(steps, layers[0][1], 120)[0]
     totals = [sum(column[i] for column in columns) for i in range(len(xs))]
     half = (xs[-1] - xs[0]) / (len(xs) - 1) / 2 if len(xs) > 1 else 0.5
-    # The axis ends above all ordinary bars; the few that an evaluation makes tall are cut, their value stays readable.
+    # The axis ends above all ordinary bars; the few that an evaluation makes tall are cut, with their value under the pointer.
     ticks = nice_ticks(0, min(max(totals), 1.6 * sorted(totals)[int(0.9 * (len(totals) - 1))]) or 1)
     frame = Frame(xs[0] - half, xs[-1] + half, 0, ticks[-1], right=LARGE[0] - 40, ticks=ticks)
     width = max((frame.x(xs[0] + 2 * half) - frame.x(xs[0])) * 0.82, 0.8)
@@ -106,6 +107,9 @@ def stack_chart(steps: Sequence[float], layers: Sequence[tuple[str, Sequence[flo
                     f'height="{frame.y(base) - frame.y(top):.1f}" style="fill:var(--c{color})"/>'
                 )
             base = top
+        if totals[i] > frame.y1 * 1.002:
+            left, right, y = frame.x(x) - width / 2 - 1, frame.x(x) + width / 2 + 1, frame.top + 8
+            parts.append(f'<path class="break" d="M{left:.1f},{y + 2:.1f}L{right:.1f},{y - 2:.1f}"/>')
     data = [(label, color, xs, column) for (label, _, color), column in zip(layers, columns, strict=True)]
     return _svg(parts, frame, unit, LARGE, data)
 
@@ -206,7 +210,8 @@ def _frame(lines: Sequence[Line], include: Sequence[float], unit: str, size: tup
     ys = list(include)
     for line in lines:
         ys += line.values
-        ys += [v + s * b for v, b in zip(line.values, line.band, strict=False) for s in (-1, 1)]
+        for lower, upper in _edges(line, unit):
+            ys += [lower, upper]
     low, high = min(ys), max(ys)
     ticks = nice_ticks(low, high, whole=unit in _WHOLE)
     # An axis that starts at a natural end does not go below it, not even for what rounding put there.
@@ -235,12 +240,21 @@ def _axes(frame: Frame, unit: str) -> str:
     return "".join(parts)
 
 
-def _curve(line: Line, frame: Frame) -> str:
+def _edges(line: Line, unit: str) -> list[tuple[float, float]]:
+    """Lower and upper end of the band at each step. A share is never below 0 nor above 1, whatever its band says."""
+    bounds = (0.0, 1.0) if unit == "share" else (-math.inf, math.inf)
+    return [
+        (max(value - half, min(value, bounds[0])), min(value + half, max(value, bounds[1])))
+        for value, half in zip(line.values, line.band, strict=False)
+    ]
+
+
+def _curve(line: Line, frame: Frame, unit: str) -> str:
     color = f"var(--c{line.color})"
     parts = []
     if line.band:
-        upper = [(x, v + b) for x, v, b in zip(line.steps, line.values, line.band, strict=False)]
-        lower = [(x, v - b) for x, v, b in zip(line.steps, line.values, line.band, strict=False)]
+        edges = list(zip(line.steps, _edges(line, unit), strict=False))
+        lower, upper = [(x, low) for x, (low, _) in edges], [(x, high) for x, (_, high) in edges]
         parts.append(f'<path class="band" d="{_path(upper + lower[::-1], frame)}Z" style="fill:{color}"/>')
     raw = list(zip(line.steps, line.values, strict=True))
     smooth = _is_smooth(line)

@@ -59,12 +59,14 @@ class Solves(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found. names: of A and B, told apart."""
+    """What ``compare`` found. names: of A and B, told apart. apart: sets that were evaluated, but never at an equal step once
+    training had begun, each as a sentence."""
 
     names: tuple[str, str]
     pairs: Sequence[Pair]
     solves: Sequence[Solves]
     questions: Sequence[tuple[Questions, Questions, list[int]]]
+    apart: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain data. ``gained`` are questions that B alone solves, ``lost`` those that A alone solves."""
@@ -85,6 +87,7 @@ class Comparison:
         """What a terminal shows."""
         a, b = self.names
         yield f"A  {a}\nB  {b}"
+        yield from self.apart
         shown = _shown(self.pairs)
         if shown:
             table = Table("metric", "step", "A", "B", "B − A")
@@ -111,7 +114,8 @@ def compare(a: Path, b: Path) -> Comparison:
             both.append((one, other, steps))
             found = questions.exclusive(one, steps[-1], other, steps[-1])
             solves.append(Solves(name, steps[-1], len(asked), found))
-    return Comparison(_names(a, b), pairs, solves, both)
+    solves.sort(key=lambda s: s.step == 0)
+    return Comparison(_names(a, b), pairs, solves, both, list(_apart(rows_a, rows_b)))
 
 
 def write(found: Comparison, path: Path) -> None:
@@ -124,6 +128,7 @@ def write(found: Comparison, path: Path) -> None:
     text = page(
         "compare.html.j2",
         names=found.names,
+        apart=found.apart,
         solves=[(s.set, s.step, s.asked, s.exclusive) for s in found.solves],
         table=[(pair.name, pair.steps[-1], *_last(pair)) for pair in _shown(found.pairs)],
         sections=sections,
@@ -159,8 +164,21 @@ def _pair(name: str, rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mappi
     return Pair(name, steps, [a[s] for s in steps], [b[s] for s in steps])
 
 
+def _apart(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for name in recorded(rows_a, r"eval/[^/]+/pass@1"):
+        a, b = (set(metrics.series(rows, name)[0]) for rows in (rows_a, rows_b))
+        if any(a) and any(b) and not any(a & b):
+            only_start = "; step 0 is before training" if a & b else ""
+            steps = (", ".join(str(step) for step in sorted(found)) for found in (a, b))
+            yield "{}: no common evaluation after step 0. A has steps {}; B has steps {}{}.".format(
+                name.split("/")[1], *steps, only_start
+            )
+
+
 def _shown(pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pattern in SHOWN for pair in pairs if re.fullmatch(pattern, pair.name)]
+    """Those of interest. What both recorded only before training comes last."""
+    shown = [pair for pattern in SHOWN for pair in pairs if re.fullmatch(pattern, pair.name)]
+    return sorted(shown, key=lambda pair: pair.steps[-1] == 0)
 
 
 def _last(pair: Pair) -> tuple[str, str, str]:

@@ -1,8 +1,8 @@
 """The report of a run: one self-contained HTML file from what the run folder holds.
 
-It reads ``config.yaml``, ``metrics.jsonl``, ``evals/`` and ``rollouts/``, each of which may be missing or cut short by a
-crash, and draws what there is: a section without data says why or is left out. Nothing is fetched when the page is
-opened. What is drawn is decided in ``panels`` and ``questions``; here are the head of the page and its tables.
+It reads ``config.yaml``, ``metrics.jsonl``, ``events.jsonl``, ``evals/`` and ``rollouts/``, each of which may be missing or
+cut short by a crash, and draws what there is: a section without data says why or is left out. Nothing is fetched when the
+page is opened. What is drawn is decided in ``panels`` and ``questions``; here are the head of the page and its tables.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from hapo_async import metrics
+from hapo_async import events, metrics
 from hapo_async.bottleneck import bottleneck
 from hapo_async.errors import UserError
 from hapo_async.evaluation import verdicts
-from hapo_async.report import panels, questions, samples
+from hapo_async.report import marks, panels, questions, samples
 from hapo_async.report.charts import SMALL, Line, format_value, line_chart, sparkline
 from hapo_async.report.panels import STAGES, Panel, Section, recorded
+from hapo_async.words import plural
 
 Rows = Sequence[dict[str, Any]]
 
@@ -98,7 +99,7 @@ def _sections(rows: Rows, config: dict[str, Any], folder: Path) -> list[Section]
         panel = Panel("Diversity of a group's answers", svg, [("1 - Self-BLEU of kept rollouts", 0)])
         if themes and themes[0].title == panels.THEMES[0][0]:
             themes[0] = Section(themes[0].title, [*themes[0].panels, panel], small=True)
-    return out + themes
+    return marks.mark(out + themes, rows, events.read(folder))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 def _state(rows: Rows, config: dict[str, Any], status: str) -> tuple[str, str]:
     """(kind, sentence) of how far the run came: done | partial | failed."""
     step, planned = _last_step(rows), _get(config, "train.steps")
-    of = f"{step} of {planned} steps" if isinstance(planned, int) else _plural(step, "step")
+    of = f"{step} of {plural(planned, 'step')}" if isinstance(planned, int) else plural(step, "step")
     if status == "failed":
         return "failed", f"failed after {of}"
     if not rows:
@@ -173,7 +174,7 @@ def _tiles(rows: Rows, config: dict[str, Any], status: dict[str, Any]) -> list[T
     if reward and not tiles:
         tiles.append(Tile("Reward", _tenth(reward[-10:]), _tenth(reward[:10]), "mean of the first and last ten steps"))
     if steps := _last_step(rows):
-        tiles.append(Tile("Wall time", _duration(_wall_s(rows, status)), note=_plural(steps, "learner step")))
+        tiles.append(Tile("Wall time", _duration(_wall_s(rows, status)), note=plural(steps, "learner step")))
     _, injected = metrics.series(rows, "gate/injected")
     if any(injected):
         ends = _mean(injected[:5]), _mean(injected[-5:])
@@ -191,7 +192,7 @@ def _tiles(rows: Rows, config: dict[str, Any], status: dict[str, Any]) -> list[T
     if oldest:
         bound = _get(config, "max_staleness")
         tiles.append(
-            Tile("Oldest data", _plural(int(max(oldest)), "step"), note=f"bound {bound}" if bound is not None else "")
+            Tile("Oldest data", plural(int(max(oldest)), "step"), note=f"bound {bound}" if bound is not None else "")
         )
     return tiles
 
@@ -289,10 +290,6 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _mean(values: Sequence[float]) -> float:

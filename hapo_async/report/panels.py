@@ -263,19 +263,25 @@ def curves(
 
 def training(rows: Rows, max_staleness: Any) -> Section:
     """What every run shows first; a chart without data says why."""
-    limit = (float(max_staleness), f"max_staleness = {max_staleness}") if isinstance(max_staleness, int) else None
     rates = [("throughput/generate_tokens_per_s", "sampling", 0), ("throughput/learn_tokens_per_s", "learning", 1)]
     rates = [rate for rate in rates if any(metrics.series(rows, rate[0])[1])] or rates  # nothing is sampled offline
-    ages = [("staleness/max", "oldest token", 3), ("staleness/mean", "mean", 0)]
     panels = [
         curves(rows, "Reward", [("reward/mean", "mean reward of the sampled answers", 0)], floor=0.0, smooth=True),
         _accuracy(rows),
         _injection(rows),
-        curves(rows, "Staleness", ages, floor=0.0, limit=limit),
+        _staleness(rows, max_staleness),
         curves(rows, "Throughput, tokens per second", rates, floor=0.0, smooth=True),
         _stages(rows),
     ]
     return Section("Training", panels)
+
+
+def _staleness(rows: Rows, bound: Any) -> Panel:
+    ages = [("staleness/max", "oldest token", 3), ("staleness/mean", "mean", 0)]
+    if not recorded(rows, "staleness/m.*"):
+        return Panel("Staleness", note="No trained token has an age: cached answers and demonstrations have none.")
+    limit = (float(bound), f"max_staleness = {bound}") if isinstance(bound, int) else None
+    return curves(rows, "Staleness", ages, floor=0.0, limit=limit)
 
 
 def _accuracy(rows: Rows) -> Panel:
@@ -325,7 +331,8 @@ def _stages(rows: Rows) -> Panel:
     least = 0.003 * sum(float(timed[s]["time/step_s"]) for s in steps)
     layers = [layer for layer in [*layers, ("other", rest, 6)] if sum(layer[1]) > least]
     svg = Markup(stack_chart(steps, layers))  # noqa: S704 - see curves
-    return Panel(title, svg, [(label, color) for label, _, color in layers])
+    note = "A bar with a gap goes on above: its values show under the pointer." if 'class="break"' in svg else ""
+    return Panel(title, svg, [(label, color) for label, _, color in layers], note)
 
 
 def gate(rows: Rows, gamma: Any) -> Section | None:

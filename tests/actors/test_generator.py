@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actors  # noqa: F401 (keeps a Ray of our own on loopback, when it comes before the first import of ray)
-from hapo_async import weights
+from actors.transports import Offer
+from hapo_async import lora, weights
 from hapo_async.config import parse
 from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Segment, Source, Version, VersionSpan
 
@@ -46,6 +47,7 @@ def generators(ray_session, chain_model, tmp_path_factory):
                 "generator": {"engine": engine},
                 "sampling": {"max_tokens": LONGEST},
                 "data": {"max_prompt_tokens": 100},
+                "learner": {"lora": {"rank": 4, "alpha": 6.0}},
             }
         )
         arguments = (f"generator-{engine}", str(folder), config.model_dump(mode="json"), {"device": "cpu"})
@@ -103,10 +105,15 @@ def stream(model, version: Version) -> tuple[weights.Manifest, list[np.ndarray]]
     return weights.Manifest(version, tuple(b for b, _ in pieces)), [d for _, d in pieces]
 
 
+def offer(served, manifest: weights.Manifest, data: list[np.ndarray]) -> Offer:
+    refs = [served.ray.put(d) for d in data]
+    return Offer("ray", manifest.version, manifest.kind, None, manifest, {"refs": refs})
+
+
 def install(served, step: int) -> dict:
     model = random_model(served.chain, step)
     manifest, data = stream(model, Version(1, step))
-    report = get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+    report = get(served, served.actor.install.remote(offer(served, manifest, data)))
     served.models[manifest.version] = model
     return report
 
@@ -201,7 +208,7 @@ def test_a_failed_install_leaves_the_old_version_serving(served, damage):
     asked = requests(damage, 4, max_tokens=40)
     get(served, served.actor.submit.remote(asked))
     with pytest.raises(served.ray.exceptions.RayTaskError, match=r"digest|never arrived"):
-        get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+        get(served, served.actor.install.remote(offer(served, manifest, data)))
     assert stats(served)["version"] == before
     groups = collect(served, asked)
     assert {str(s.version) for g in groups for a in g.answers for s in a.spans} == {before}
@@ -212,7 +219,40 @@ def test_versions_never_go_back(served):
     install(served, 3)
     manifest, data = stream(served.models[Version(0, 0)], Version(0, 9))
     with pytest.raises(served.ray.exceptions.RayTaskError, match="older than the installed"):
-        get(served, served.actor.install.remote(manifest, [served.ray.put(d) for d in data]))
+        get(served, served.actor.install.remote(offer(served, manifest, data)))
+
+
+def test_an_adapter_is_merged_into_the_weights_of_the_start(served):
+    """Each is whole: the second one does not come on top of the first, nor of the full versions before."""
+    sent, merged = [], []
+    for seed in (1, 2):
+        model = random_model(served.chain, 0)
+        lora.attach(model, lora.Lora(4, 6.0, (), 0.0), seed)
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        pieces = list(weights.pack(lora.streamed(model.named_parameters()), 10_000))
+        manifest = weights.Manifest(Version(1, 3), tuple(b for b, _ in pieces), "adapter")
+        sent.append(offer(served, manifest, [d for _, d in pieces]))
+        merged.append(model.eval())
+    half = weights.Manifest(Version(1, 3), manifest.buckets[:-1], "adapter")
+    asked = requests("adapter", 6)
+    get(served, served.actor.submit.remote(asked))
+    wait_for_tokens(served)
+    get(served, served.actor.install.remote(sent[0]))
+    with pytest.raises(served.ray.exceptions.RayTaskError, match="its adapter is missing|half an adapter"):
+        get(served, served.actor.install.remote(offer(served, half, [d for _, d in pieces[:-1]])))
+    report = get(served, served.actor.install.remote(sent[1]))
+    assert report["bytes"] == sum(len(d) for _, d in pieces) == 34816
+    asked_after = requests("adapted", 6)
+    get(served, served.actor.submit.remote(asked_after))
+    collect(served, asked)
+    served.models[Version(1, 3)] = merged[1]
+    groups = collect(served, asked_after)
+    assert errors(served, groups) < 1e-4
+    for other in (merged[0], random_model(served.chain, 0)):
+        assert errors(SimpleNamespace(models={Version(1, 3): other}), groups) > 0.1
 
 
 # ---------------------------------------------------------------- requests

@@ -25,7 +25,7 @@ from hapo_async.learner import learn
 from hapo_async.learner.backend import TorchBackend
 from hapo_async.learner.policy import load_policy
 from hapo_async.types import Version
-from hapo_async.weights import Staging
+from hapo_async.weights import Intake
 from tests import reference_loop, samples_learn
 
 STEPS, SAVED = 5, 3
@@ -86,11 +86,13 @@ def _plans(ray, config, tasks, step: int):
 
 
 async def _weights(learner: LearnerGroup, version: Version) -> dict[str, torch.Tensor]:
-    manifest, refs = await learner.publish(version)
-    staging = Staging(manifest)
-    for bucket, ref in zip(manifest.buckets, refs, strict=True):
-        staging.put(bucket.index, np.array(await ref))
-    return {name: tensor.clone() for name, tensor in staging.commit()}
+    published = await learner.publish(version)
+    manifest = published.offer.manifest
+    assert published.nbytes == manifest.nbytes
+    intake = Intake(version)
+    for bucket, ref in zip(manifest.buckets, published.offer.detail["refs"], strict=True):
+        intake.put(bucket, np.array(await ref))
+    return {name: tensor.clone() for name, tensor in intake.commit(manifest)}
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.transports import Member, Offer, Published
 from hapo_async import algorithms, config
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.data import PromptStream
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import StepTimes, Trained, Trainer
-from hapo_async.inject import Sequence
 from hapo_async.ledger import Ledger
+from hapo_async.sequences import Sequence
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Teacher, Verdict, Version
-from hapo_async.weights import Manifest
 
 
 class Method:
@@ -48,6 +48,8 @@ class StandInGenerator:
         self._slots: dict[GroupKey, asyncio.Future[GroupHeader]] = {}
         self._dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.submit, self.install = self._method(self._submit), self._method(self._install)
+        self.receive, self.receive_s = self._method(self._receive), 0.0
+        self.received: list[Version] = []
         self.truncate, self.abort = self._method(self._truncate), self._method(self._abort)
         self.asleep = False
         self.sleep, self.wake = self._method(self._sleep), self._method(self._wake)
@@ -111,11 +113,15 @@ class StandInGenerator:
         self._slots.pop(key, None)
         return header
 
-    async def _install(self, manifest: Manifest, refs: list[Any]) -> dict[str, Any]:
+    async def _receive(self, offer: Offer) -> None:
+        await asyncio.sleep(self.receive_s)
+        self.received.append(offer.version)
+
+    async def _install(self, offer: Offer) -> dict[str, Any]:
         await asyncio.sleep(self.install_s)
-        self.version = manifest.version
-        self.installs.append(manifest.version)
-        return {"version": str(manifest.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 1}
+        self.version = offer.version
+        self.installs.append(offer.version)
+        return {"version": str(offer.version), "fetch_s": 0.0, "pause_s": 0.0, "bytes": 1}
 
     async def _sleep(self) -> None:
         self.asleep = True
@@ -207,9 +213,15 @@ class StandInLearner:
         self.scored.append(sequences)
         return [-s.tokens.astype(np.float32) for s in sequences]
 
-    async def publish(self, version: Version) -> tuple[Manifest, list[Any]]:
+    async def announce(self, version: Version, members: list[Member]) -> Offer | None:
+        return None
+
+    async def admit(self, members: list[Member]) -> None:
+        pass
+
+    async def publish(self, version: Version, transport: str = "") -> Published:
         await asyncio.sleep(0)
-        return Manifest(version, ()), []
+        return Published(Offer("ray", version))
 
 
 class Loop:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.transports import Offer
 from hapo_async import canary as canaries
 from hapo_async import config, metrics
 from hapo_async.driver import fleet as fleets
@@ -81,12 +82,13 @@ class RealGenerator(StandInGenerator):
         self.engine = TransformersEngine(Sampler(model, [1]))
         self.damage = damage
 
-    async def _install(self, manifest, refs):
+    async def _install(self, offer):
         await asyncio.sleep(self.install_s)
         noise = torch.Generator().manual_seed(0)
+        refs = offer.detail["refs"]
         tensors = [(n, w + self.damage * w.std() * torch.randn(w.shape, generator=noise)) for n, w in refs]
-        await self.engine.install(manifest, tensors)
-        return {"version": str(manifest.version)}
+        await self.engine.install(Manifest(offer.version, ()), tensors)
+        return {"version": str(offer.version)}
 
     async def _score(self, sequences):
         return await self.engine.score(sequences)
@@ -146,7 +148,7 @@ def test_wrong_weights_under_the_right_version_are_named_and_right_ones_are_not(
     async def go():
         learner, generators = real(sharp_model, [0.0, damage])
         s = scene(generators, Scorer(learner))
-        s.fleet.publish(Manifest(Version(1, 0), ()), weights_of(learner))
+        s.fleet.weights.publish(Offer("ray", Version(1, 0), detail={"refs": weights_of(learner)}))
         await s.canary.at_publish(Version(1, 0))
         found = await settled(s.canary, 2)
         for generator in generators:
@@ -169,7 +171,7 @@ def test_a_policy_that_has_moved_on_raises_no_alarm(sharp_model):
         learner, (generator,) = real(sharp_model, [0.0])
         generator.install_s = 0.05
         s = scene([generator], Scorer(learner))
-        s.fleet.publish(Manifest(Version(1, 0), ()), weights_of(learner))
+        s.fleet.weights.publish(Offer("ray", Version(1, 0), detail={"refs": weights_of(learner)}))
         await s.canary.at_publish(Version(1, 0))
         train_on(learner)  # before the generator has even installed what it will be compared at
         found = await settled(s.canary, 1)
@@ -187,7 +189,7 @@ def test_bfloat16_against_float32_stays_below_the_limit(sharp_model):
     async def go():
         learner, (generator,) = real(sharp_model, [0.0], torch.bfloat16)
         s = scene([generator], Scorer(learner))
-        s.fleet.publish(Manifest(Version(1, 0), ()), weights_of(learner))
+        s.fleet.weights.publish(Offer("ray", Version(1, 0), detail={"refs": weights_of(learner)}))
         await s.canary.at_publish(Version(1, 0))
         found = await settled(s.canary, 1)
         await generator.engine.close()
@@ -206,9 +208,9 @@ def published(actors, body, learner=None, **settings):
     async def go():
         made = actors()
         s = scene(made, learner or StandInLearner(), **settings)
-        s.fleet.publish(Manifest(Version(1, 0), ()), [])
+        s.fleet.weights.publish(Offer("ray", Version(1, 0)))
         await s.fleet.wait_installed(Version(1, 0), 2.0)
-        s.fleet.publish(Manifest(Version(1, 1), ()), [])
+        s.fleet.weights.publish(Offer("ray", Version(1, 1)))
         try:
             return await body(s, made)
         finally:
@@ -256,9 +258,9 @@ class Gated(StandInGenerator):
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def _install(self, manifest, refs):
+    async def _install(self, offer):
         await self.gate.wait()
-        return await super()._install(manifest, refs)
+        return await super()._install(offer)
 
 
 def test_a_generator_that_skips_the_version_is_given_up_and_one_that_never_installs_it_too():
@@ -267,10 +269,10 @@ def test_a_generator_that_skips_the_version_is_given_up_and_one_that_never_insta
         await s.fleet.wait_installed(Version(1, 1), 2.0)
         slow.gate.clear()
         stuck.gate.clear()
-        s.fleet.publish(Manifest(Version(1, 2), ()), [])
+        s.fleet.weights.publish(Offer("ray", Version(1, 2)))
         await asyncio.sleep(0.01)  # slow is busy with 1.2 when 1.3 and 1.4 come out
         for step in (3, 4):
-            s.fleet.publish(Manifest(Version(1, step), ()), [])
+            s.fleet.weights.publish(Offer("ray", Version(1, step)))
             await s.canary.at_publish(Version(1, step))
         slow.gate.set()
         await s.fleet.wait_installed(Version(1, 4), 3.0)  # stuck has been taken out of service by then
@@ -286,12 +288,12 @@ def test_generators_that_join_are_asked_and_those_that_leave_are_counted():
         leaving = s.fleet.generators[1]
         await s.fleet.wait_installed(Version(1, 1), 2.0)
         actors[1].gate.clear()
-        s.fleet.publish(Manifest(Version(1, 2), ()), [])
+        s.fleet.weights.publish(Offer("ray", Version(1, 2)))
         await s.canary.at_publish(Version(1, 2))
         leaving.alive = False
         joined = StandInGenerator("joined")
         s.fleet.generators.append(Generator("joined", joined, None))  # type: ignore[arg-type]
-        s.fleet.publish(Manifest(Version(1, 2), ()), [])
+        s.fleet.weights.publish(Offer("ray", Version(1, 2)))
         return await settled(s.canary, 3)
 
     found = published(lambda: [Gated("a"), Gated("b")], body, deadline_s=0.5)
@@ -347,7 +349,7 @@ def test_a_generator_that_goes_on_disagreeing_is_named_once_until_it_agrees_agai
         for step, apart in ((1, 0.5), (2, 0.5), (3, 0.5), (4, 0.0), (5, 0.0), (6, 0.5)):
             learner.apart = apart
             await s.canary.at_publish(Version(1, step))
-            s.fleet.publish(Manifest(Version(1, step), ()), [])
+            s.fleet.weights.publish(Offer("ray", Version(1, step)))
             await s.fleet.wait_installed(Version(1, step), 2.0)
             assert (await settled(s.canary, 1))["canary/compared"] == 1
         return s.said
@@ -380,14 +382,14 @@ def test_beside_a_whole_loop_every_round_ends():
         loop = Loop(generators, prompts=80, max_staleness=1, **tree)
         said: list[str] = []
         canary = Canary(loop.config, prompts(), loop.learner, loop.fleet, said.append)  # type: ignore[arg-type]
-        publish = loop.fleet.publish
+        publish = loop.fleet.weights.publish
 
-        def publish_and_compare(manifest, refs):
-            publish(manifest, refs)
-            checks.append(asyncio.ensure_future(canary.at_publish(manifest.version)))
+        def publish_and_compare(offer):
+            publish(offer)
+            checks.append(asyncio.ensure_future(canary.at_publish(offer.version)))
 
         checks: list[asyncio.Future] = []
-        loop.fleet.publish = publish_and_compare  # type: ignore[method-assign]
+        loop.fleet.weights.publish = publish_and_compare  # type: ignore[method-assign]
         await loop.run()
         await asyncio.gather(*checks)
         await loop.fleet.wait_installed(loop.trainer.version, 2.0)

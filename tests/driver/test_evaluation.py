@@ -41,7 +41,12 @@ def prompts(count: int, prefix: str) -> list[Prompt]:
 
 
 def evaluator(actors: list[StandInGenerator], sets: dict[str, list[Prompt]], **more) -> Evaluator:
-    c = config.parse({"eval": {"n": 2, "temperature": 1.0}, "generator": {"deadline_s": 5.0, "max_concurrent": 4}})
+    c = config.parse(
+        {
+            "eval": {"n": 2, "sampling": {"temperature": 1.0}},
+            "generator": {"deadline_s": 5.0, "max_concurrent": 4},
+        }
+    )
     fleet = Fleet(c, [Generator(a.name, a, None) for a in actors], lambda: None)  # type: ignore[arg-type]
     return Evaluator(c, sets, fleet, StandInJudges(), **more)  # type: ignore[arg-type]
 
@@ -61,7 +66,7 @@ def test_every_question_is_recorded_and_the_sets_are_averaged(tmp_path: Path):
 
 
 def test_each_set_is_asked_in_its_own_way():
-    settings = {"a": EvalConfig(n=4, temperature=0.6, top_p=0.95, max_tokens=9), "b": EvalConfig()}
+    settings = {"a": EvalConfig(n=4, sampling={"temperature": 0.6, "top_p": 0.95, "max_tokens": 9}), "b": EvalConfig()}
 
     async def scenario():
         asking = evaluator([StandInGenerator("g")], {"a": prompts(2, "a"), "b": prompts(1, "b")}, settings=settings)
@@ -128,7 +133,7 @@ class Training(Loop):
             "train": {"batch_prompts": 2, "steps": 60},
             "max_staleness": 2,
             "generator": {"count": len(actors), "max_concurrent": 4, "deadline_s": 50.0},
-            "eval": {"n": 2, "temperature": 1.0, "every": 1},
+            "eval": {"n": 2, "sampling": {"temperature": 1.0}, "every": 1},
         }
         for actor in actors:
             actor.latency = lambda key: 5.0 if key.epoch < 0 else 1.0
@@ -273,7 +278,8 @@ def test_a_floating_evaluation_says_which_versions_answered(clock):
         await loop.until(lambda: loop.answered)
         assert not any(g.detached for g in loop.fleet.generators)
 
-    loop = trained(clock, 2, play, due=[4], eval={"n": 2, "temperature": 1.0, "every": 1, "mode": "floating"})
+    asked = {"n": 2, "sampling": {"temperature": 1.0}, "every": 1, "mode": "floating"}
+    loop = trained(clock, 2, play, due=[4], eval=asked)
     ((_, step, values),) = loop.rows
     versions = [v.step for _, oldest, newest in loop.answered for v in (oldest, newest)]
     assert step == 4 and {name for name, *_ in loop.answered} == {"g0", "g1"}
@@ -311,6 +317,26 @@ def test_a_run_that_ends_takes_its_generator_back_and_leaves_nothing_running(clo
     assert clock.run(scenario()).beside.take() == [(0, {"eval/given_up": 1.0})]
 
 
+def test_a_run_that_fails_writes_down_what_ran_beside_it(clock):
+    """That of step 0 has just begun and that of step 2 was skipped, when something else ends the run."""
+
+    async def scenario():
+        loop = Training([StandInGenerator(f"g{i}") for i in range(2)], due=[])
+        await loop.trainer.publish()
+        await loop.fleet.wait_installed(Version(1, 0), 5.0)
+        run = Ending("detached", 4, [])
+        run.beside, written = loop.beside, []
+        run.journal = SimpleNamespace(settle=run._nothing, beside=lambda *row: written.append(row))
+        run.beside.start(0, Version(1, 0))
+        run.beside.start(2, Version(1, 0))
+        await run._write_rest()
+        return written, loop.fleet
+
+    written, fleet = clock.run(scenario())
+    assert sorted(written) == [(0, {"eval/given_up": 1.0}), (2, {"eval/skipped": 1.0})]
+    assert fleet.serving == fleet.generators
+
+
 @pytest.mark.parametrize(
     ("tree", "possible"),
     [
@@ -336,7 +362,7 @@ class Ending(_Run):
 
     def __init__(self, mode: str, step: int, rows: list[tuple[int, dict[str, float]]]) -> None:
         self.config = config.parse({"eval": {"every": 4, "mode": mode}, "generator": {"count": 2}, "max_staleness": 1})
-        self.trainer: Any = SimpleNamespace(version=Version(1, step), stopping=False)
+        self.trainer: Any = SimpleNamespace(version=Version(1, step), stopping=False, everywhere=self._nothing)
         self.beside: Any = SimpleNamespace(drain=self._nothing, take=lambda: [rows.pop() for _ in list(rows)])
         self.fleet: Any = SimpleNamespace(wait_installed=self._nothing)
         self.evaluator: Any = SimpleNamespace(sets={"a": []}, run=self._answer)

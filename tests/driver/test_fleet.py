@@ -16,8 +16,8 @@ from hapo_async.driver import fleet as fleets
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.errors import RunError
 from hapo_async.types import GroupKey, GroupRequest, Sampling, Version
-from hapo_async.weights import Manifest
-from tests.driver.stand_ins import Loop, StandInGenerator, StandInJudges
+from actors.transports import Offer
+from tests.driver.stand_ins import Loop, StandInGenerator, StandInJudges, raised
 
 FIRST, SECOND, THIRD = Version(1, 0), Version(1, 1), Version(1, 2)
 
@@ -34,7 +34,7 @@ def scenario(count: int, body: Callable[..., Any], **tree: Any) -> Any:
         actors = [StandInGenerator(f"g{i}") for i in range(count)]
         c = config.parse({"weights": {"deadline_s": 2.0}, **tree})
         fleet = Fleet(c, [Generator(a.name, a, None) for a in actors], lambda: None)  # type: ignore[arg-type]
-        fleet.publish(Manifest(FIRST, ()), [])
+        fleet.weights.publish(Offer("ray", FIRST))
         await fleet.wait_installed(FIRST, 2.0)
         return await body(fleet, actors)
 
@@ -56,13 +56,13 @@ def test_a_detached_generator_finishes_first_and_keeps_its_version():
         detaching = asyncio.create_task(fleet.detach(lent, FIRST, 2.0))
         await asyncio.sleep(0)
         assert fleet.serving == [other] and fleet.alive == [lent, other]
-        fleet.publish(Manifest(SECOND, ()), ["newer"])
+        fleet.weights.publish(Offer("ray", SECOND))
         await fleet.collect(lent, key, 2.0)
         await asyncio.sleep(0.01)
         assert not detaching.done(), "its group has not been released"
         fleet.release(lent, key)
         await detaching
-        fleet.publish(Manifest(THIRD, ()), [])
+        fleet.weights.publish(Offer("ray", THIRD))
         await fleet.wait_installed(THIRD, 2.0)  # of those that serve
         assert (lent.installed, other.installed) == (FIRST, THIRD)
         fleet.attach(lent)
@@ -79,10 +79,10 @@ def test_what_is_installed_is_what_was_newest_when_it_was_detached():
         actors[0].latency = lambda key: 0.02
         key = await give(fleet, lent, "a")
         actors[0].install_s = 0.02
-        fleet.publish(Manifest(SECOND, ()), ["refs of the second"])
+        fleet.weights.publish(Offer("ray", SECOND))
         detaching = asyncio.create_task(fleet.detach(lent, SECOND, 2.0))
         await asyncio.sleep(0)
-        fleet.publish(Manifest(THIRD, ()), ["refs of the third"])
+        fleet.weights.publish(Offer("ray", THIRD))
         await fleet.collect(lent, key, 2.0)
         fleet.release(lent, key)
         await detaching
@@ -123,7 +123,7 @@ def test_a_generator_that_dies_while_it_is_detached_is_out_of_service(when):
             collecting = asyncio.create_task(fleet.collect(lent, await give(fleet, lent, "a"), 5.0))
         else:
             dying.install_s = 30.0
-            fleet.publish(Manifest(SECOND, ()), [])
+            fleet.weights.publish(Offer("ray", SECOND))
         version = FIRST if when == "draining" else SECOND
         detaching = asyncio.create_task(fleet.detach(lent, version, 5.0))
         await asyncio.sleep(0.01)
@@ -168,6 +168,40 @@ def test_training_goes_on_without_the_detached_generator():
     assert loop.trainer.version.step == 40 and max(loop.ages) <= 2
 
 
+def test_one_that_refuses_to_sleep_for_a_while_stays_in_service(monkeypatch):
+    """A group may still be in flight when its turn is over."""
+    monkeypatch.setattr(fleets, "REFUSED_S", 0.01)
+
+    async def body(fleet, actors):
+        refusals = iter([True, True, False])
+
+        async def sleep() -> None:
+            if next(refusals):
+                raise raised("EngineError: 1 group is in flight")
+            actors[0].asleep = True
+
+        actors[0].sleep = actors[0]._method(sleep)
+        await fleet.sleep()
+        assert [a.asleep for a in actors] == [True, True] and fleet.serving == fleet.generators
+
+    scenario(2, body)
+
+
+def test_one_that_never_sleeps_is_out_of_service(monkeypatch):
+    monkeypatch.setattr(fleets, "REFUSED_S", 0.01)
+    monkeypatch.setattr(fleets, "CONTROL_S", 0.1)
+
+    async def body(fleet, actors):
+        async def sleep() -> None:
+            raise raised("EngineError: 1 group is in flight")
+
+        actors[0].sleep = actors[0]._method(sleep)
+        await fleet.sleep()
+        assert fleet.serving == fleet.generators[1:] and actors[1].asleep
+
+    scenario(2, body)
+
+
 def test_all_that_serve_sleep_and_wake_and_a_silent_one_is_out_of_service():
     async def body(fleet, actors):
         await fleet.sleep()
@@ -198,10 +232,10 @@ def test_a_generator_scores_and_tells_about_itself():
 def test_installs_are_told_and_calls_are_seen_until_they_are_answered():
     async def body(fleet, actors):
         told = []
-        fleet.on_installed.append(lambda generator, version: told.append((generator.name, version)))
+        fleet.weights.on_installed.append(lambda generator, version: told.append((generator.name, version)))
         actors[0].install_s = 0.02
         assert fleet.calls() == []
-        fleet.publish(Manifest(SECOND, ()), [])
+        fleet.weights.publish(Offer("ray", SECOND))
         actors[1].latency = lambda key: 30.0
         key = await give(fleet, fleet.generators[1], "a")
         collecting = asyncio.create_task(fleet.collect(fleet.generators[1], key, 5.0))

@@ -12,6 +12,7 @@ import pytest
 from actors.calls import CallFailed
 from hapo_async import metrics
 from hapo_async.driver import fleet as fleets
+from hapo_async.driver.flights import Flight
 from hapo_async.driver.retries import MAX_LATE, Retries
 from hapo_async.errors import RunError
 from hapo_async.group_stats import length_bucket, length_histogram
@@ -88,6 +89,25 @@ def test_answers_that_were_complete_but_not_judged_count_with_their_lengths(tmp_
     loop = asyncio.run(scenario())
     assert set(loop.sampler.take_tally().late_lengths) == {"4"}
     assert {tuple(row["tokens"]) for row in metrics.read(tmp_path / QUARANTINE_FILE)} == {(4, 4)}
+
+
+def test_no_more_is_given_up_than_holds_the_learner_up():
+    """Batches of 2 and a bound of 1: of three groups of step 0 in flight two may stay, and the one that takes longest goes."""
+
+    async def scenario():
+        loop = Loop([StandInGenerator("a", lambda key: 30.0)], prompts=20, max_staleness=1, **DROP)
+        loop.config.train.batch_prompts = 2
+        keys = [loop.ledger.issue(0, f"p{i:03}") for i in range(3)]
+        for key, since in zip(keys, (2.0, 1.0, 3.0), strict=True):
+            loop.fleet.generators[0].assign(key, 8)
+            loop.sampler.flights[key] = Flight(loop.sampler.prompts[key.uid], "a", 0, since)
+        assert loop.trainer._late(0, 1) == keys
+        await loop.sampler.give_up_late(loop.fleet, keys)
+        assert not loop.trainer._late(0, 1) and list(loop.sampler.flights) == [keys[0], keys[2]]
+        await loop.sampler.close()
+        return loop
+
+    assert asyncio.run(scenario()).sampler.tally.late == 1
 
 
 def test_a_silent_generator_does_not_hold_up_the_learner_when_its_groups_are_given_up():

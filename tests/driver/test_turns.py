@@ -68,9 +68,9 @@ def test_two_sides_that_share_devices_never_work_at_the_same_time():
             seen.append("sampled")
             await super()._submit(requests)
 
-        async def _install(self, manifest: Any, refs: list[Any]) -> dict[str, Any]:
+        async def _install(self, offer: Any) -> dict[str, Any]:
             assert not self.asleep and learner.asleep
-            return await super()._install(manifest, refs)
+            return await super()._install(offer)
 
     class Learner(StandInLearner):
         async def step(self, plans: list[Any]) -> dict[str, float]:
@@ -78,9 +78,9 @@ def test_two_sides_that_share_devices_never_work_at_the_same_time():
             seen.append("learned")
             return await super().step(plans)
 
-        async def publish(self, version: Any) -> Any:
+        async def publish(self, version: Any, transport: str = "") -> Any:
             assert not self.asleep and all(g.asleep for g in generators)
-            return await super().publish(version)
+            return await super().publish(version, transport)
 
     async def scenario() -> Loop:
         nonlocal learner

@@ -15,7 +15,7 @@ from actors.calls import CallFailed
 from hapo_async import metrics
 from hapo_async.driver import fleet as fleets
 from hapo_async.types import GroupRequest, Sampling, Version
-from hapo_async.weights import Manifest
+from actors.transports import Offer
 from tests.driver.frozen import SILENCE_S, Freezer, Scene
 from tests.virtual_time import Clock
 
@@ -215,7 +215,7 @@ def test_an_install_that_takes_long_is_work_while_buckets_arrive(clock, tmp_path
         generator, fleet = scene.generators[0], scene.loop.fleet
         generator.install_s = 200.0
         watching = asyncio.create_task(scene.watchdog.run())
-        fleet.publish(Manifest(Version(1, 0), ()), [])
+        fleet.weights.publish(Offer("ray", Version(1, 0)))
         waiting = asyncio.create_task(fleet.wait_installed(Version(1, 0), 1000.0))
         while not waiting.done():
             await asyncio.sleep(5.0)

@@ -166,8 +166,8 @@ def test_the_weights_moved(parts, loop):
     """The manifests of the versions before and after three steps differ."""
 
     async def digests() -> list[Any]:
-        manifest, _ = await parts.learner.publish(Version(parts.runs + 1, 0))
-        return [bucket.digest for bucket in manifest.buckets]
+        published = await parts.learner.publish(Version(parts.runs + 1, 0))
+        return [bucket.digest for bucket in published.offer.manifest.buckets]
 
     before = loop.run_until_complete(digests())
     loop.run_until_complete(parts.train("grpo"))

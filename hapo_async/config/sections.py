@@ -1,24 +1,18 @@
-"""The configuration: one typed tree, YAML plus ``key=value`` overrides, every cross-check with its fix.
+"""The keys: one typed tree, with a default and a description for each.
 
-``load(path, overrides)`` is the only way in. It raises ConfigError (exit code 2) with the value, the rule and the fix;
-nothing has been started by then. Options of an algorithm live in ``options:`` and are checked against that algorithm's
-own defaults; ``vllm:`` and ``deepspeed:`` are handed to those libraries and checked against their own arguments.
+Tables (``learner.adamw``, ``eval.sampling``, ...) are completed and checked in ``hapo_async.subkeys``.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from hapo_async import corrections, schedule, subkeys
-from hapo_async.errors import ConfigError
+from hapo_async.config import checks
 
 
 class _Section(BaseModel):
@@ -159,6 +153,10 @@ class LearnerConfig(_Section):
     mini_batches: int = Field(1, ge=1, description="Optimizer updates per step: the batch is split into this many.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Tokens, padding included, of one forward pass.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    lora: dict[str, Any] = Field(
+        default_factory=dict,
+        description="{}: all weights train; else a low-rank adapter: rank (8), alpha (16), targets (auto), dropout (0).",
+    )
     max_bad_steps: int = Field(5, ge=1, description="Stop after this many skipped (non-finite) steps in a row.")
     deadline_s: float = Field(1800.0, gt=0, description="A step or publish that takes longer ends the run.")
 
@@ -166,6 +164,11 @@ class LearnerConfig(_Section):
     @classmethod
     def _adamw(cls, value: dict[str, Any]) -> dict[str, Any]:
         return subkeys.complete(subkeys.ADAMW, value)
+
+    @field_validator("lora", mode="after")
+    @classmethod
+    def _lora(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return subkeys.complete(subkeys.LORA, value) if value else {}
 
 
 class StalenessConfig(_Section):
@@ -205,7 +208,16 @@ class StalenessConfig(_Section):
 class WeightsConfig(_Section):
     """How new weights reach the generators."""
 
-    transport: Literal["ray"] = Field("ray", description="ray: the object store.")
+    transport: Literal["auto", "ray", "zmq", "gloo", "nccl", "ipc"] = Field(
+        "auto",
+        description="ray: the object store; zmq: sockets; gloo, nccl: collectives; ipc: memory of a shared GPU. auto: nccl "
+        "on GPUs, ipc where they are colocated, else ray.",
+    )
+    staging: Literal["auto", "device", "host", "none"] = Field(
+        "auto",
+        description="Where a generator gathers new weights while the old ones serve; none: it stands still and they are "
+        "written as they come (a LoRA adapter is always gathered). auto: device with nccl and ipc, else host.",
+    )
     bucket_bytes: int = Field(256 << 20, ge=1024, description="Size of one piece of the stream.")
     deadline_s: float = Field(
         300.0, gt=0, description="A generator that has not applied an update by then is taken out of service."
@@ -232,10 +244,29 @@ class EvalConfig(_Section):
     )
     n: int = Field(1, ge=1, description="Answers per prompt.")
     k: int = Field(1, ge=1, description="k of pass@k; at most n.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling, evaluation only.")
-    max_tokens: int = Field(0, ge=0, description="Longest answer; 0 means sampling.max_tokens.")
+    sampling: dict[str, Any] = Field(
+        default_factory=dict,
+        description="temperature (0, greedy), top_p (1), max_tokens (0: sampling.max_tokens) of the answers.",
+    )
     limit: int = Field(0, ge=0, description="Prompts per set; 0 means all.")
+
+    @field_validator("sampling", mode="after")
+    @classmethod
+    def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return subkeys.complete(subkeys.EVAL_SAMPLING, value)
+
+    @property
+    def temperature(self) -> float:
+        return float(self.sampling["temperature"])
+
+    @property
+    def top_p(self) -> float:
+        return float(self.sampling["top_p"])
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest answer; 0 means sampling.max_tokens."""
+        return int(self.sampling["max_tokens"])
 
 
 class RolloutsConfig(_Section):
@@ -271,8 +302,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_batch, _check_eval, _check_flow):
-            check(self)
+        checks.check(self)
         return self
 
     @property
@@ -298,182 +328,21 @@ class Config(_Section):
             return self.eval.mode
         return "detached" if self.generator.count > 1 and not self.is_timing_free else "barrier"
 
+    def transport(self, cuda: bool) -> str:
+        """``weights.transport`` with `auto` resolved. cuda: learner and generators compute on GPUs."""
+        if self.weights.transport != "auto":
+            return self.weights.transport
+        if not cuda:
+            return "ray"
+        return "ipc" if self.generator.placement == "colocated" else "nccl"
+
+    def staging(self, cuda: bool) -> str:
+        """``weights.staging`` with `auto` resolved: device | host | none."""
+        if self.weights.staging != "auto":
+            return self.weights.staging
+        return "device" if self.transport(cuda) in ("nccl", "ipc") else "host"
+
     def digest(self) -> str:
         """sha256 over everything that shapes the training (not the run folder)."""
         tree = self.model_dump(mode="json", exclude={"run"})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _check_batch(c: Config) -> None:
-    per_update, rest = divmod(c.train.batch_prompts, c.learner.mini_batches)
-    if rest:
-        raise ValueError(
-            f"train.batch_prompts={c.train.batch_prompts} is not divisible by learner.mini_batches={c.learner.mini_batches}. "
-            f"Use {per_update * c.learner.mini_batches or c.learner.mini_batches} prompts, or another number of mini-batches."
-        )
-    if per_update % c.learner.ranks:
-        raise ValueError(
-            f"a mini-batch of {per_update} prompts (train.batch_prompts / learner.mini_batches) is not divisible by "
-            f"learner.ranks={c.learner.ranks}. Make train.batch_prompts a multiple of {c.learner.ranks * c.learner.mini_batches}."
-        )
-
-
-def _check_eval(c: Config) -> None:
-    if c.eval.k > c.eval.n:
-        raise ValueError(
-            f"eval.k={c.eval.k} is larger than eval.n={c.eval.n}: pass@k needs k answers. Raise eval.n or lower eval.k."
-        )
-    if c.eval.temperature == 0 and c.eval.n > 1:
-        raise ValueError(
-            f"eval.n={c.eval.n} with eval.temperature=0 samples the same answer each time. Set a temperature, or eval.n=1."
-        )
-
-
-def _check_flow(c: Config) -> None:
-    lag = c.staleness.force_lag
-    if lag and c.max_staleness != lag:
-        raise ValueError(
-            f"staleness.force_lag={lag} trains on groups that are {lag} steps old, but max_staleness={c.max_staleness}. Set "
-            f"max_staleness={lag} as well, or staleness.force_lag=0."
-        )
-    if c.generator.placement == "colocated" and c.max_staleness > 0:
-        raise ValueError(
-            f"generator.placement=colocated lets generators and learner take turns, which is synchronous training, but "
-            f"max_staleness={c.max_staleness}. Set max_staleness=0, or generator.placement=disaggregated."
-        )
-    if c.eval.mode == "detached" and c.generator.count < 2:
-        raise ValueError(
-            f"eval.mode=detached takes one generator out of sampling, but generator.count={c.generator.count}. Use at least "
-            "two generators, or eval.mode=barrier."
-        )
-    if c.is_timing_free and c.eval.mode in ("detached", "floating"):
-        cause = f"staleness.force_lag={lag}" if lag else "max_staleness=0"
-        raise ValueError(
-            f"eval.mode={c.eval.mode} goes on beside training, but with {cause} no batch may depend on timing. Use "
-            "eval.mode=barrier."
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies ``a.b=value`` overrides (values are YAML), validates.
-
-    Raises ConfigError for a missing file, broken YAML, an unknown key (with the nearest known one), a bad value, or a
-    failed cross-check.
-    """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read_yaml(Path(path))
-    for text in overrides:
-        _apply_override(tree, text)
-    if path is not None and not (tree.get("run") or {}).get("dir"):
-        run = tree.setdefault("run", {}) or {}
-        tree["run"] = {**run, "dir": f"runs/{Path(path).stem}"}
-    return parse(tree)
-
-
-def parse(tree: dict[str, Any]) -> Config:
-    """Validates a plain tree. Raises ConfigError."""
-    _refuse_unknown(tree, Config, "")
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
-
-
-def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all leaves of the tree."""
-    out = []
-    for name, info in model.model_fields.items():
-        sub = _section_of(info.annotation)
-        out += known_keys(sub, f"{prefix}{name}.") if sub else [prefix + name]
-    return out
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist. The shipped ones are in configs/.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold key: value pairs.")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    key = key.strip().removeprefix("--")
-    if not equals or not key:
-        raise ConfigError(f"override {text!r} is not of the form key=value, such as train.steps=10.")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
-    if isinstance(value, str):
-        value = _number(value)
-    node = tree
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {text!r}: {parent!r} is a value, not a section.")
-        node = child
-    node[leaf] = value
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 1e-4 as a string; people do not."""
-    try:
-        return float(text) if any(ch.isdigit() for ch in text) else text
-    except ValueError:
-        return text
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
-    for key, value in tree.items():
-        if key not in model.model_fields:
-            raise ConfigError(f"unknown key {prefix + str(key)!r}.{_nearest(prefix + str(key))}")
-        sub = _section_of(model.model_fields[key].annotation)
-        if sub and value is None:
-            tree[key] = {}
-        elif sub and not isinstance(value, dict):
-            raise ConfigError(f"{prefix + key!r} is a section with keys {', '.join(sub.model_fields)}; got {value!r}.")
-        elif sub:
-            _refuse_unknown(value, sub, f"{prefix}{key}.")
-
-
-def _nearest(key: str) -> str:
-    known = known_keys()
-    leaf = key.rsplit(".", 1)[-1]
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    near = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    near = near or [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], n=1, cutoff=0.7)]
-    return f" Did you mean {near[0]!r}?" if near else " `hapo-async train CONFIG --dry-run` prints all keys."
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(p) for p in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}={item['input']!r}: {message}." if where else message)
-    return "\n".join(lines)

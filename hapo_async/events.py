@@ -1,0 +1,63 @@
+"""What happened to a run besides its steps: ``events.jsonl`` in its folder, drawn as marks in the report's charts.
+
+A line holds step (the learner's version at that moment), time (Unix), kind (``scaled``, ``refused``, ``lost``, ``replaced``,
+``given_up``), label (a few words, for a mark) and text (a sentence).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+EVENTS_FILE = "events.jsonl"
+
+
+@dataclass(frozen=True)
+class Event:
+    """See above."""
+
+    step: int
+    time: float
+    kind: str
+    label: str
+    text: str
+
+
+class Events:
+    """Appends to the file of a run folder, and says each event. step: the learner's step now. A disk that is full costs the
+    line and not the run."""
+
+    def __init__(self, run_dir: Path, step: Callable[[], int], say: Callable[[str], None]) -> None:
+        self.path = run_dir / EVENTS_FILE
+        self._step, self._say = step, say
+
+    def add(self, kind: str, label: str, text: str) -> None:
+        event = Event(self._step(), time.time(), kind, label, text)
+        self._say(f"step {event.step}: {text}")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(event)) + "\n")
+        except OSError as error:
+            log.error("%s: %s", self.path, error.strerror)
+
+
+def read(run_dir: Path) -> list[Event]:
+    """All events of a run folder, oldest first. Lines that are not whole are left out."""
+    try:
+        lines = (run_dir / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    out = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            out.append(Event(int(row["step"]), float(row["time"]), *(str(row[k]) for k in ("kind", "label", "text"))))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return out

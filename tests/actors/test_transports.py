@@ -1,0 +1,230 @@
+"""The same for every transport, engine and staging: what a generator serves is what the learner published, or what it served
+before, whatever happens to the buckets on the way.
+
+A real learner rank, real generators, the run's own publish. Each generator keeps its engine from case to case and takes
+another transport; versions go on counting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from actors.calls import CallFailed
+from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.generators import Generator
+from hapo_async.types import Version
+from tests import samples_learn
+from tools import weight_rig
+from tools.weight_faults import DAMAGE, Fault, FaultyGenerator, FaultyRank
+from tools.weight_rig import EXACT, Rig, Watch, eventually
+
+READY_S = 150
+DEADLINE_S = 6.0
+BUCKET_BYTES = 32_000
+"""A version of 320 kB has a dozen buckets."""
+WAYS = [
+    pytest.param(engine, transport, staging, id=f"{transport}-{engine}-{staging}")
+    for engine, transport, staging in itertools.product(
+        ("transformers", "vllm"), ("ray", "zmq", "gloo"), ("host", "none")
+    )
+]
+
+
+def settings(transport: str, staging: str, engine: str = "transformers"):
+    weights = {"bucket_bytes": BUCKET_BYTES, "deadline_s": DEADLINE_S}
+    return weight_rig.settings(transport, staging, engine, weights=weights)
+
+
+@pytest.fixture(scope="module")
+def parts(request, ray_session, tmp_path_factory):
+    """A learner, two generators with the transformers engine and, where a chosen test needs it, one with vLLM; all start at
+    the same time."""
+    with_vllm = any("-vllm-" in item.name for item in request.session.items)
+    if with_vllm:
+        pytest.importorskip("vllm")
+    model = samples_learn.random_model(tmp_path_factory.mktemp("model"))
+    actor = ray_session.remote(FaultyGenerator)
+    actors = {}
+    for name in (["vllm"] if with_vllm else []) + ["first", "second"]:
+        config = settings("ray", "host", "vllm" if name == "vllm" else "transformers").model_dump(mode="json")
+        actors[name] = actor.options(num_cpus=0.5, max_concurrency=1000).remote(name, model, config, {"device": "cpu"})
+    ready = [a.ready.remote() for a in actors.values()]
+    learner = asyncio.run(weight_rig.start_learner(settings("ray", "host"), model, rank=FaultyRank))
+    ray_session.get(ready, timeout=READY_S)
+    yield SimpleNamespace(learner=learner, actors=actors, version=Version(1, 0), model=model)
+    asyncio.run(learner.close())
+    for a in actors.values():
+        ray_session.kill(a)
+
+
+@contextlib.asynccontextmanager
+async def rig_of(parts, transport: str, staging: str, names: tuple[str, ...]):
+    """A fleet of these generators, none of which has a version yet."""
+    config = settings(transport, staging)
+    parts.learner.transport = transport
+    generators = [await member(parts, config, name) for name in names]
+    rig = Rig(config, parts.learner, Fleet(config, generators, lambda: None), parts.version)
+    try:
+        yield rig
+    finally:
+        parts.version = rig.trainer.version
+        await rig.fleet.weights.close()
+        await parts.learner.ranks[0].arm.remote(None)
+        for name in names:
+            await parts.actors[name].arm.remote(None)
+
+
+async def member(parts, config, name: str) -> Generator:
+    actor = parts.actors[name]
+    key = await actor.become.remote(config.model_dump(mode="json"))
+    return Generator(name, actor, None, key)
+
+
+def pair(engine: str) -> tuple[str, str]:
+    """Two generators, the first with this engine."""
+    return ("vllm", "first") if engine == "vllm" else ("first", "second")
+
+
+async def publish(rig: Rig) -> Version:
+    """A step, a version, and everybody serves it."""
+    version = await rig.step()
+    await rig.trainer.publish()
+    await rig.trainer.everywhere()
+    return version
+
+
+async def check_current(rig: Rig) -> None:
+    for generator in rig.fleet.generators:
+        version, error = await rig.error_of(generator)
+        assert version == rig.trainer.version and error < EXACT, generator.name
+
+
+# ---------------------------------------------------------------- as it should be
+
+
+@pytest.mark.parametrize(("engine", "transport", "staging"), WAYS)
+def test_what_is_published_is_what_every_generator_serves(parts, engine, transport, staging):
+    async def scenario():
+        async with rig_of(parts, transport, staging, pair(engine)) as rig:
+            for _ in range(3):
+                version = await publish(rig)
+                await check_current(rig)
+                assert await rig.answers_error(rig.fleet.generators[0]) < EXACT
+            reports = [g.last_install for g in rig.fleet.generators]
+            return version, reports, weight_rig.distances(list(rig.truth.values()))
+
+    version, reports, distance = asyncio.run(scenario())
+    assert distance > 20 * EXACT, "the check cannot tell one version from the next"
+    for report in reports:
+        assert report["version"] == str(version) and report["bytes"] > 300_000
+        assert 0 < report["pause_s"] < DEADLINE_S and 0 < report["fetch_s"] < DEADLINE_S
+
+
+@pytest.mark.parametrize(("engine", "transport", "staging"), WAYS)
+def test_a_late_joiner_serves_the_newest_version_and_who_leaves_holds_nobody_up(parts, engine, transport, staging):
+    async def scenario():
+        other, late = reversed(pair(engine))
+        async with rig_of(parts, transport, staging, (other,)) as rig:
+            await publish(rig)
+            newcomer = await member(parts, rig.config, late)
+            newcomer.joining = True
+            await rig.fleet.join(newcomer)
+            await rig.trainer.everywhere()
+            await eventually("it serves", lambda: newcomer.serves, DEADLINE_S)
+            await check_current(rig)
+            await publish(rig)  # now as a member
+            await check_current(rig)
+
+            newcomer.leaving = True
+            left_at = rig.trainer.version
+            await publish(rig)
+            rig.fleet.generators.remove(newcomer)
+            await publish(rig)
+            await check_current(rig)
+            assert newcomer.installed == left_at
+            return (await rig.fleet.stats(newcomer, 5.0))["version"], left_at
+
+    version, left_at = asyncio.run(scenario())
+    assert version == str(left_at), "who has left gets no more versions"
+
+
+# ---------------------------------------------------------------- buckets that do not arrive as they left
+
+
+@pytest.mark.parametrize(("engine", "transport", "staging"), WAYS)
+def test_a_damaged_bucket_is_noticed_never_serves_and_the_next_version_heals(parts, engine, transport, staging):
+    async def scenario():
+        async with rig_of(parts, transport, staging, pair(engine)) as rig:
+            await publish(rig)
+            victim, other = rig.fleet.generators
+            tries = {}
+            async with Watch(rig) as watch:
+                for what in DAMAGE:
+                    await victim.actor.arm.remote(Fault(what, after=2))
+                    failed = rig.fleet.weights.failed
+                    version = await rig.step()
+                    await rig.trainer.publish()
+                    await rig.trainer.everywhere()
+                    assert [f.what for f in await victim.actor.fired.remote()] == [what]
+                    tries[what] = rig.fleet.weights.failed - failed
+                    assert other.installed == victim.installed == version
+                    await check_current(rig)
+            return tries, watch, rig.looked
+
+    noticed, watch, looked = asyncio.run(scenario())
+    assert watch.wrong == [] and looked > len(DAMAGE)
+    assert {what for what, failed in noticed.items() if failed} >= {"flip", "drop", "swap"}
+
+
+@pytest.mark.parametrize("transport", ["ray", "zmq", "gloo"])
+@pytest.mark.parametrize("staging", ["host", "none"])
+def test_buckets_damaged_at_the_learner_never_serve_anywhere(parts, transport, staging):
+    async def scenario():
+        async with rig_of(parts, transport, staging, ("first", "second")) as rig:
+            await publish(rig)
+            rank = parts.learner.ranks[0]
+            async with Watch(rig) as watch:
+                for what in DAMAGE:
+                    await rank.arm.remote(Fault(what, after=3))
+                    await publish(rig)
+                    assert [f.what for f in await rank.fired.remote()] == [what]
+                    await check_current(rig)
+            return watch
+
+    watch = asyncio.run(scenario())
+    assert watch.wrong == []
+    assert all(len(versions) > 3 for versions in watch.seen.values())
+
+
+@pytest.mark.parametrize("transport", ["ray", "zmq", "gloo"])
+def test_weights_that_are_torn_serve_nothing_until_a_full_version_came(parts, transport):
+    """In place, and every try of this version fails: the generator is asked meanwhile."""
+
+    async def scenario():
+        async with rig_of(parts, transport, "none", ("first", "second")) as rig:
+            await publish(rig)
+            victim = rig.fleet.generators[0]
+            await victim.actor.arm.remote(Fault("flip", after=4), 0.02)
+            await rig.step()
+            publishing = asyncio.create_task(rig.trainer.publish())
+            said = []
+            while not publishing.done() or victim.installed != rig.trainer.version:
+                with contextlib.suppress(CallFailed):
+                    said.append(await rig.error_of(victim))
+                stats = await rig.fleet.stats(victim, 5.0)
+                if stats.get("torn"):
+                    break
+                await asyncio.sleep(0.005)
+            with pytest.raises(CallFailed, match=r"torn|written"):
+                await rig.fleet.score(victim, [weight_rig.PROBE])
+            await publishing
+            await rig.trainer.everywhere()
+            await check_current(rig)
+            return said
+
+    assert all(error < EXACT for _, error in asyncio.run(scenario()))

@@ -1,0 +1,206 @@
+"""Who gets which version: versions that travel in lockstep, those who miss them, newcomers, and those who are busy."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from actors.transports import Member, Offer, Published
+from hapo_async.driver import fleet as fleets
+from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.types import Version
+from tests.driver.stand_ins import Loop, StandInGenerator, StandInLearner, raised
+from tests.virtual_time import Clock
+
+V0, V1, V2 = (Version(1, step) for step in range(3))
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    monkeypatch.setattr(fleets.ray, "kill", lambda actor: actor.die())
+    return Clock(monkeypatch)
+
+
+class Lockstep(StandInLearner):
+    """Sends to the members of a version all at once, in ``walk_s``. ``broken``: steps whose transfer fails."""
+
+    def __init__(self, broken: tuple[int, ...] = (), walk_s: float = 0.05) -> None:
+        super().__init__()
+        self.broken, self.walk_s = broken, walk_s
+        self.announced: list[tuple[Version, list[str]]] = []
+        self.published: list[tuple[Version, str]] = []
+
+    async def announce(self, version: Version, members: list[Member]) -> Offer | None:
+        self.announced.append((version, [m.name for m in members]))
+        return Offer("gloo", version, members=tuple(m.name for m in members))
+
+    async def publish(self, version: Version, transport: str = "") -> Published:
+        self.published.append((version, transport))
+        await asyncio.sleep(self.walk_s)
+        if transport == "ray":
+            return Published(Offer("ray", version))
+        if version.step in self.broken:
+            return Published(None, "a member did not take part")
+        return Published(Offer("gloo", version, members=tuple(self.announced[-1][1])))
+
+
+class Member1(StandInGenerator):
+    """Refuses what it has not received, unless it is a snapshot. ``misses``: steps that it does not receive."""
+
+    def __init__(self, name: str, misses: tuple[int, ...] = ()) -> None:
+        super().__init__(name)
+        self.misses = misses
+        self.snapshots: list[Version] = []
+
+    async def _receive(self, offer: Offer) -> None:
+        if offer.version.step in self.misses:
+            raise raised("a bucket was damaged")
+        await super()._receive(offer)
+
+    async def _install(self, offer: Offer) -> dict[str, Any]:
+        if offer.transport == "ray":
+            self.snapshots.append(offer.version)
+        elif offer.version not in self.received:
+            raise raised(f"{offer.version} was never received")
+        return await super()._install(offer)
+
+
+def loop_of(generators: list[Any], learner: Any, **tree: Any) -> Loop:
+    settings = {"train": {"steps": 6, "batch_prompts": 2}, "max_staleness": 1}
+    return Loop(generators, prompts=60, trains=learner, **settings | tree)
+
+
+def test_members_receive_while_the_learner_gathers_and_install_after_it(clock):
+    learner = Lockstep()
+
+    async def go():
+        generators = [Member1("g0"), Member1("g1")]
+        loop = loop_of(generators, learner)
+        await loop.run()
+        return generators
+
+    for generator in clock.run(go()):
+        assert generator.received == [Version(1, step) for step in range(7)] and generator.snapshots == []
+    assert {transport for _, transport in learner.published} == {""}
+    assert all(names == ["g0", "g1"] for _, names in learner.announced)
+
+
+def test_a_version_that_broke_off_reaches_everybody_as_a_snapshot(clock):
+    learner = Lockstep(broken=(2, 4))
+
+    async def go():
+        generators = [Member1("g0"), Member1("g1")]
+        loop = loop_of(generators, learner)
+        await loop.run()
+        return loop, generators
+
+    loop, generators = clock.run(go())
+    assert loop.trainer.version == Version(1, 6) and loop.trainer.failed_transfers == 2
+    assert [v for v, transport in learner.published if transport == "ray"] == [V2, Version(1, 4)]
+    assert any(V2 in g.snapshots for g in generators) and all(g.alive for g in loop.fleet.generators)
+
+
+def test_who_died_in_a_transfer_is_found_and_the_next_version_goes_to_the_others(clock):
+    learner = Lockstep(broken=(1,))
+
+    async def go():
+        generators = [Member1("g0"), Member1("g1")]
+        loop = loop_of(generators, learner)
+
+        async def killed(version: Version) -> None:
+            if version == V0:
+                generators[1].die()
+
+        loop.trainer.at_publish = killed
+        await loop.run()
+        return loop
+
+    loop = clock.run(go())
+    assert loop.trainer.version == Version(1, 6)
+    assert [names for version, names in learner.announced if version >= V2] == [["g0"]] * 5
+
+
+def test_one_that_missed_a_version_gets_the_same_one_at_the_next_step_boundary(clock):
+    learner = Lockstep()
+
+    async def go():
+        generators = [Member1("g0", misses=(1,)), Member1("g1")]
+        loop = loop_of(generators, learner, max_staleness=0)
+        await loop.run()
+        return generators
+
+    g0, g1 = clock.run(go())
+    assert g0.snapshots == [V1] and g1.snapshots == []
+    assert g0.installs == g1.installs == [Version(1, step) for step in range(7)]
+
+
+def test_the_only_generator_left_that_came_late_does_not_wait_for_a_step_that_needs_it(clock):
+    learner = Lockstep()
+
+    async def go():
+        first, second = Member1("g0"), Member1("g1")
+        loop = loop_of([first], learner, max_staleness=0)
+        running = asyncio.create_task(loop.run())
+        while loop.trainer.version < V2:
+            await asyncio.sleep(0.01)
+        newcomer = Generator("g1", second, None)  # type: ignore[arg-type]
+        loop.fleet.generators.append(newcomer)
+        first.die()
+        await loop.fleet.weights.join(newcomer)
+        await running
+        return second
+
+    second = clock.run(go())
+    assert len(second.snapshots) == 1 and second.version == Version(1, 6)
+
+
+def test_a_barrier_waits_for_a_snapshot_too(clock):
+    learner = Lockstep()
+
+    async def go():
+        generators = [Member1("g0"), Member1("g1", misses=(0,))]
+        loop = loop_of(generators, learner)
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        await loop.sampler.close()
+        return generators
+
+    assert [g.version for g in clock.run(go())] == [V0, V0]
+
+
+def fleet_of(*actors: StandInGenerator) -> Fleet:
+    loop = Loop(list(actors), prompts=2)
+    return loop.fleet
+
+
+def test_one_that_is_busy_with_an_older_version_is_left_alone_where_it_can_fetch_later(clock):
+    async def go():
+        slow, quick = StandInGenerator("slow"), StandInGenerator("quick")
+        slow.install_s = 1.0
+        fleet = fleet_of(slow, quick)
+        fleet.weights.publish(Offer("zmq", V0))
+        await asyncio.sleep(0.1)
+        fleet.weights.announce(Offer("zmq", V1))
+        await asyncio.sleep(0.1)
+        received = slow.received, quick.received
+        fleet.weights.publish(Offer("zmq", V1))
+        await fleet.wait_installed(V1, 5.0)
+        return received, slow.installs, quick.installs
+
+    assert clock.run(go()) == (([], [V1]), [V0, V1], [V0, V1])
+
+
+def test_an_install_waits_for_what_is_still_being_received(clock):
+    async def go():
+        actor = Member1("g0")
+        actor.receive_s = 1.0
+        fleet = fleet_of(actor)
+        offer = Offer("gloo", V0, members=("g0",))
+        fleet.weights.announce(offer)
+        fleet.weights.publish(offer)
+        await fleet.wait_installed(V0, 5.0)
+        return actor.installs, fleet.weights.failed
+
+    assert clock.run(go()) == ([V0], 0)
