@@ -21,6 +21,7 @@ import torch
 
 from actors import transports, vllm_engine
 from actors.transports import Data, Offer, Receiver
+from actors.vllm_device import WorkerReceiver
 from hapo_async import engine as engines
 from hapo_async.config import Config
 from hapo_async.lora import Lora, Merger
@@ -39,12 +40,14 @@ _LAST_WORDS_S = 1.0  # an actor with a dead engine answers those who wait, then 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A version that has arrived whole. tensors: staged ones. pause_s: set when it is in the model already."""
+    """A version that has arrived whole. tensors: staged ones. pause_s: set when it is in the model already. in_workers: it
+    is staged in vLLM's own processes."""
 
     manifest: Manifest
     tensors: list[tuple[str, torch.Tensor]]
     seconds: float
     pause_s: float | None = None
+    in_workers: bool = False
 
 
 def _key(offer: Offer) -> tuple[str, Version]:
@@ -69,8 +72,9 @@ class GeneratorActor:
         self._tokenizer: Any = None
         self._merger: Merger | None = None  # of adapters
         self._received = 0  # buckets
+        self._applying = 0  # versions that the engine takes in, which shows in nothing that is counted
         self._transport = self.config.transport(self.device == "cuda")
-        self._receiver = transports.receiver(self._transport, self.device, ray.util.get_node_ip_address())
+        self._receiver = self._new_receiver()
         self._snapshots = transports.receiver("ray", self.device, "")
         self._arrivals: dict[tuple[str, Version], asyncio.Task[_Fetched]] = {}  # at most one that has not ended
 
@@ -225,14 +229,19 @@ class GeneratorActor:
             if fetched.pause_s is not None:
                 pause_s = fetched.pause_s
             else:
-                with self._exit_when_dead():
-                    pause_s = await self.engine.install(fetched.manifest, fetched.tensors)
+                with self._exit_when_dead(), self._uncounted():
+                    pause_s = await self._apply(fetched)
         return {
             "version": str(offer.version),
             "fetch_s": fetched.seconds,
             "pause_s": pause_s,
             "bytes": fetched.manifest.nbytes,
         }
+
+    async def _apply(self, fetched: _Fetched) -> float:
+        if fetched.in_workers:
+            return await self._vllm.install_received(fetched.manifest)
+        return await self.engine.install(fetched.manifest, fetched.tensors)
 
     def _is_staged(self, offer: Offer) -> bool:
         return offer.kind == "adapter" or self.config.staging(self.device == "cuda") != "none"
@@ -243,7 +252,10 @@ class GeneratorActor:
         key = _key(offer)
         if key not in self._arrivals:
             await self._give_up_arrivals()
-            fetch = self._stage(offer) if self._is_staged(offer) else self._write(offer)
+            if isinstance(self._receiver, WorkerReceiver) and offer.transport == self._transport:
+                fetch = self._receive_in_workers(offer, self._receiver)
+            else:
+                fetch = self._stage(offer) if self._is_staged(offer) else self._write(offer)
             self._arrivals[key] = asyncio.create_task(fetch)
         task = self._arrivals[key]
         try:
@@ -273,7 +285,11 @@ class GeneratorActor:
     def _merge(self, manifest: Manifest, adapter: Tensors) -> tuple[Manifest, Tensors]:
         """A full version of an adapter. Raises TransferError."""
         if self._merger is None:
-            raise TransferError(f"version {manifest.version} is an adapter; {self.name} was started without learner.lora")
+            raise TransferError(
+                f"version {manifest.version} is an adapter; {self.name} was started without learner.lora"
+            )
+        if self._kind == "vllm":  # its device is its own processes'
+            adapter = [(name, tensor.cpu()) for name, tensor in adapter]
         try:
             return replace(manifest, kind="full"), self._merger.full(adapter)
         except ValueError as error:
@@ -295,6 +311,33 @@ class GeneratorActor:
             pause_s = await self.engine.install_in_place(offer.version, source)
         return _Fetched(arrived[0], [], time.perf_counter() - began, pause_s)
 
+    async def _receive_in_workers(self, offer: Offer, receiver: WorkerReceiver) -> _Fetched:
+        """Into memory of vLLM's own processes: a second copy, or the model, which pauses meanwhile."""
+        began = time.perf_counter()
+        deadline = time.monotonic() + self.config.weights.deadline_s
+        pause_s = None
+        with self._exit_when_dead(), self._uncounted():
+            if self._is_staged(offer):
+                manifest = await self._vllm.receive_on_device(receiver, offer, deadline)
+            else:
+                manifest, pause_s = await self._vllm.receive_in_place(receiver, offer, deadline)
+        self._received += len(manifest.buckets)
+        return _Fetched(manifest, [], time.perf_counter() - began, pause_s, in_workers=True)
+
+    @property
+    def _vllm(self) -> vllm_engine.VllmEngine:
+        assert isinstance(self.engine, vllm_engine.VllmEngine)
+        return self.engine
+
+    def _new_receiver(self) -> Receiver | WorkerReceiver:
+        """What lies on a device arrives in the process that has the model there, which with vLLM is not this one; an adapter
+        comes here, to be merged."""
+        on_device = self.config.staging(self.device == "cuda") == "device" or self._transport in ("nccl", "ipc")
+        direct = on_device and self._transport in ("gloo", "nccl", "ipc") and not self.config.learner.lora
+        if self._kind == "vllm" and direct:
+            return WorkerReceiver(self.config.generator.width)
+        return transports.receiver(self._transport, self.device, ray.util.get_node_ip_address())
+
     def _fetch(self, offer: Offer, intake: Intake) -> Manifest:
         """All buckets of a version, into ``intake``. Runs in a thread."""
 
@@ -306,7 +349,9 @@ class GeneratorActor:
 
     def _receiver_of(self, offer: Offer) -> Receiver:
         """A snapshot comes through the object store whatever the transport."""
-        return self._receiver if offer.transport == self._transport else self._snapshots
+        if offer.transport != self._transport or isinstance(self._receiver, WorkerReceiver):
+            return self._snapshots
+        return self._receiver
 
     # ---------------------------------------------------------------- the rest
 
@@ -320,9 +365,23 @@ class GeneratorActor:
             asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
             raise
 
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Inside, the engine takes a version in: it has a deadline, and shows no progress until it is done."""
+        self._applying += 1
+        try:
+            yield
+        finally:
+            self._applying -= 1
+
     async def stats(self) -> dict[str, Any]:
-        """``Engine.stats``, and received (buckets of weights), pid."""
-        return {**self.engine.stats(), "received": self._received, "pid": os.getpid()}
+        """``Engine.stats``, and received (buckets of weights), applying (whether the engine takes a version in), pid."""
+        return {
+            **self.engine.stats(),
+            "received": self._received,
+            "applying": self._applying > 0,
+            "pid": os.getpid(),
+        }
 
     async def close(self) -> None:
         """Stops the engine and its processes."""

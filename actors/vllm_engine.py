@@ -17,7 +17,9 @@ import psutil
 import ray
 import torch
 
+from actors.transports import Offer
 from actors.vllm_args import all_args, engine_args, is_installed, set_environment
+from actors.vllm_device import WorkerReceiver
 from actors.vllm_groups import Groups, final
 from actors.vllm_weights import Weights, failure
 from hapo_async.config import Config
@@ -26,7 +28,7 @@ from hapo_async.in_place import Source, Tensors
 from hapo_async.rows import Sampled
 from hapo_async.scoring import Pair
 from hapo_async.types import GroupKey, GroupRequest, Version
-from hapo_async.weights import Manifest
+from hapo_async.weights import Manifest, TransferError
 
 __all__ = ["VllmEngine", "engine_args", "is_installed", "start"]
 
@@ -130,6 +132,23 @@ class VllmEngine:
 
     async def install_in_place(self, version: Version, source: Source) -> float:
         return await self._weights.install_in_place(version, source)
+
+    async def receive_on_device(self, receiver: WorkerReceiver, offer: Offer, deadline: float) -> Manifest:
+        """vLLM's processes fetch a version beside serving, for ``install_received``. Raises TransferError."""
+        try:
+            return await receiver.stage(self._llm, offer, deadline)
+        except TransferError:
+            raise
+        except Exception as error:
+            raise failure(self._llm, f"vLLM could not receive version {offer.version}", error) from error
+
+    async def install_received(self, manifest: Manifest) -> float:
+        """Like ``install``."""
+        return await self._weights.install_received(manifest)
+
+    async def receive_in_place(self, receiver: WorkerReceiver, offer: Offer, deadline: float) -> tuple[Manifest, float]:
+        """Like ``install_in_place``; also returns the manifest."""
+        return await self._weights.receive_in_place(offer.version, receiver.request(offer, deadline))
 
     async def sleep(self) -> None:
         async with self._weights.still:

@@ -1,4 +1,5 @@
-"""What runs inside vLLM's worker processes: a weight transfer engine that reads a safetensors file on this node.
+"""What runs inside vLLM's worker processes: a weight transfer engine that reads a safetensors file on this node, or takes
+what this process receives itself (``vllm_device``).
 
 vLLM imports this module in every worker because ``WorkerExtension`` is named as ``worker_extension_cls``; importing it
 registers the transfer engine. The generator writes the file into shared memory and removes it after the update.
@@ -6,6 +7,7 @@ registers the transfer engine. The generator writes the file into shared memory 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
+from actors.vllm_device import Arrivals
+from hapo_async.types import Version
+
 BACKEND = "hapo_file"
 EXTENSION = "actors.vllm_transfer.WorkerExtension"
 
@@ -34,9 +39,12 @@ class FileInit(WeightTransferInitInfo):
 
 @dataclass
 class FileUpdate(WeightTransferUpdateInfo):
-    """path: a safetensors file with the whole model under Hugging Face names."""
+    """One of these. path: a safetensors file with tensors under Hugging Face names. staged: a version that
+    ``Arrivals.begin`` has fetched. offer: a version to fetch now, straight into the model."""
 
-    path: str
+    path: str = ""
+    staged: str = ""
+    offer: dict[str, Any] | None = None
 
 
 class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
@@ -45,6 +53,10 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
     init_info_cls = FileInit
     update_info_cls = FileUpdate
+
+    @functools.cached_property
+    def arrivals(self) -> Arrivals:
+        return Arrivals(self.parallel_config.rank, self.device)
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         pass
@@ -60,7 +72,12 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         model: Any = self.model
-        model.load_weights(_tensors(update_info.path))
+        if update_info.staged:
+            model.load_weights(self.arrivals.take(Version.parse(update_info.staged)))
+        elif update_info.offer is not None:
+            self.arrivals.pour(update_info.offer, model.load_weights)
+        else:
+            model.load_weights(_tensors(update_info.path))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -72,7 +89,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
                     module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        pass
+        self.arrivals.close()
 
 
 def _forget_unfinished(model: Any) -> None:
@@ -92,6 +109,16 @@ def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 class WorkerExtension:
     """What this package asks of a worker besides. Naming it makes vLLM import this module there."""
+
+    def begin_receive(self: Any, request: dict[str, Any]) -> None:
+        self.weight_transfer_engine.arrivals.begin(request)
+
+    def receive_state(self: Any) -> dict[str, Any]:
+        state: dict[str, Any] = self.weight_transfer_engine.arrivals.state()
+        return state
+
+    def cancel_receive(self: Any) -> None:
+        self.weight_transfer_engine.arrivals.cancel()
 
     def abandon_weight_update(self: Any) -> None:
         """Forgets an update that failed before its end, on this rank or on another, so that the next can start."""

@@ -1,6 +1,7 @@
 """The weights of a vLLM engine: one version, or torn ones until a full update succeeds.
 
-Tensors travel to vLLM's processes as a file in shared memory, for which ``actors.vllm_transfer`` is the receiving end.
+Tensors travel to vLLM's processes as a file in shared memory, for which ``actors.vllm_transfer`` is the receiving end, unless
+those processes have received them themselves (``vllm_device``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from actors import vllm_device
 from hapo_async.engine import EngineDead, EngineError, check_manifest, check_version
 from hapo_async.in_place import Source, Tensors, pour
 from hapo_async.types import Version
@@ -67,7 +69,7 @@ class Weights:
             async with self.still, self._update(manifest.version):
                 start = time.perf_counter()
                 await self._begin()
-                await self._load(path)
+                await self._load({"path": path})
                 await self._finish(manifest.version)
         return time.perf_counter() - start
 
@@ -81,12 +83,44 @@ class Weights:
                 began.append(time.perf_counter())
                 await self._begin()
             with _folder() as folder:
-                await self._load(await asyncio.to_thread(_save, folder, tensors))
+                await self._load({"path": await asyncio.to_thread(_save, folder, tensors)})
 
         async with self.still, self._update(version):
             await pour(version, source, self._skeleton, write)
             await self._finish(version)
         return time.perf_counter() - began[0]
+
+    async def install_received(self, manifest: Manifest) -> float:
+        """Like ``install``, of a version that vLLM's processes have received themselves."""
+        check_manifest(manifest, self.version)
+        self._check_names(manifest)
+        async with self.still, self._update(manifest.version):
+            start = time.perf_counter()
+            await self._begin()
+            await self._load({"staged": str(manifest.version)})
+            await self._finish(manifest.version)
+        return time.perf_counter() - start
+
+    async def receive_in_place(self, version: Version, request: dict[str, Any]) -> tuple[Manifest, float]:
+        """Like ``install_in_place``, but vLLM's processes receive themselves; paused from the start, since they do nothing
+        else meanwhile. request: see ``vllm_device.WorkerReceiver``."""
+        check_version(version, self.version)
+        async with self.still, self._update(version):
+            start = time.perf_counter()
+            await self._begin()
+            await self._load({"offer": request})
+            manifest = await vllm_device.arrived(self._llm)
+            assert manifest is not None
+            self._check_names(manifest)
+            await self._finish(version)
+        return manifest, time.perf_counter() - start
+
+    def _check_names(self, manifest: Manifest) -> None:
+        shapes = [(t.name, torch.empty(t.shape, device="meta")) for b in manifest.buckets for t in b.tensors]
+        try:
+            match_parameters(self._skeleton, shapes)
+        except ValueError as error:
+            raise TransferError(f"version {manifest.version}: {error}") from error
 
     @contextlib.asynccontextmanager
     async def _update(self, version: Version) -> AsyncIterator[None]:
@@ -115,10 +149,11 @@ class Weights:
         self.is_torn = True
         await self._llm.start_weight_update()
 
-    async def _load(self, path: str) -> None:
+    async def _load(self, update: dict[str, Any]) -> None:
+        """update: see ``actors.vllm_transfer.FileUpdate``."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
 
     async def _finish(self, version: Version) -> None:
         await self._llm.finish_weight_update(weight_version=str(version))

@@ -330,21 +330,15 @@ class ZeroBackend:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
 
 
-@dataclass(frozen=True)
 class AdapterView:
     """A backend's adapter without the frozen weights, under the names that peft saves it by."""
 
-    backend: ZeroBackend
-
-    @property
-    def rank(self) -> int:
-        return self.backend.rank
+    def __init__(self, backend: ZeroBackend) -> None:
+        self.backend, self.rank = backend, backend.rank
+        self.gathered = backend.gathered
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return lora.streamed(self.backend.named_parameters())
-
-    def gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-        return self.backend.gathered(parameters)
 
 
 class _NormBound:

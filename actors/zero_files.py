@@ -125,8 +125,9 @@ def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
 
 def _lora(backend: ZeroBackend) -> dict[str, Any] | None:
     """What fixes an adapter's shape and meaning."""
-    settings = backend.lora
-    return settings and {"rank": settings.rank, "alpha": settings.alpha, "targets": sorted(backend.targets)}
+    if backend.lora is None:
+        return None
+    return {"rank": backend.lora.rank, "alpha": backend.lora.alpha, "targets": sorted(backend.targets)}
 
 
 def _barrier(backend: ZeroBackend) -> None:

@@ -128,7 +128,7 @@ def parse(wanted: Sequence[str]) -> dict[str, int]:
     for word in wanted:
         key, found, value = word.partition("=")
         if key not in known or not found:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
+            near = difflib.get_close_matches(key, known, 1, 0.7)
             hint = f" Did you mean {near[0]}=N?" if near else " Give generators=N, verifiers=M or both."
             raise ConfigError(f"{word!r} cannot be scaled.{hint}")
         if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 4096:
@@ -211,7 +211,9 @@ def follow(run_dir: Path, request: Request, say: Callable[[str], None]) -> None:
             _withdraw(run_dir, request)
             raise RunError("the run's driver ended before it was done")
         if time.monotonic() > deadline:
-            raise RunError(f"no outcome after {request.wait_s + GRACE_S:.0f} s; `hapo-async status` tells what became of it")
+            raise RunError(
+                f"no outcome after {request.wait_s + GRACE_S:.0f} s; `hapo-async status` tells what became of it"
+            )
         time.sleep(POLL_S)
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Lora:
 
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  (peft divides it, nothing else)
+            lora_alpha=cast(int, self.alpha),  # peft divides it by r, nothing else
             lora_dropout=self.dropout,
             target_modules=list(targets),
             bias="none",
@@ -130,6 +130,15 @@ def layers(targets: Iterable[str], model: Any) -> dict[str, tuple[int, int]]:
         for name, layer in _linear(model).items()
         if any(_fits(name, target) for target in wanted)
     }
+
+
+def size(config: Config, model_path: str) -> int:
+    """Parameters of the adapter; 0 where LoRA is off."""
+    lora = Lora.of(config)
+    if lora is None:
+        return 0
+    model = skeleton(model_path)
+    return lora.rank * sum(o + i for o, i in layers(resolve(lora, model), model).values())
 
 
 def _linear(model: Any) -> dict[str, nn.Linear]:

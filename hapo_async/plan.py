@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hapo_async import lora
 from hapo_async.config import Config
 from hapo_async.learner.learn import needs_of
 from hapo_async.types import Prompt
@@ -24,8 +25,9 @@ def parameter_count(model_path: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def learner_bytes(parameters: int, ranks: int, zero_stage: int, bf16: bool) -> int:
-    """Persistent bytes of one learner rank: weights, gradients and AdamW's two moments plus fp32 master weights.
+def learner_bytes(parameters: int, trained: int, ranks: int, zero_stage: int, bf16: bool) -> int:
+    """Persistent bytes of one learner rank: weights; gradients and AdamW's two moments plus fp32 master weights of those
+    that are trained.
 
     ZeRO-1 shards the optimizer, ZeRO-2 the gradients too, ZeRO-3 the weights too. Activations come on top.
     """
@@ -33,7 +35,7 @@ def learner_bytes(parameters: int, ranks: int, zero_stage: int, bf16: bool) -> i
     optimizer = 12 if bf16 else 8
     weights = width / (ranks if zero_stage == 3 else 1)
     gradients = width / (ranks if zero_stage >= 2 else 1)
-    return int(parameters * (weights + gradients + optimizer / ranks))
+    return int(parameters * weights + trained * (gradients + optimizer / ranks))
 
 
 def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) -> Iterator[str]:
@@ -42,7 +44,8 @@ def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) ->
     parameters = parameter_count(model_path)
     bf16 = c.learner.dtype == "bfloat16" or (c.learner.dtype == "auto" and torch.cuda.is_available())
     width = c.generator.width
-    rank = learner_bytes(parameters, c.learner.ranks, c.learner.zero_stage, bf16)
+    adapter = lora.size(c, model_path)
+    rank = learner_bytes(parameters + adapter, adapter or parameters, c.learner.ranks, c.learner.zero_stage, bf16)
     if "reference" in needs_of(c):
         shared = c.learner.ranks if c.learner.zero_stage == 3 else 1
         rank += parameters * (2 if bf16 else 4) // shared
@@ -52,6 +55,8 @@ def describe(config: Config, model_path: str, tokenizer: Any, prompt: Prompt) ->
         f"verifiers {c.verifier.count}"
     )
     yield f"model: {parameters:,} parameters in {model_path}"
+    if adapter:
+        yield f"adapter: {adapter:,} parameters, the only ones that train and that generators are sent"
     yield f"memory, weights, reference and optimizer state without activations: {rank / GIB:.3f} GiB per learner rank"
     yield f"memory, weights without KV cache: {parameters * (2 if bf16 else 4) / width / GIB:.3f} GiB per generator bundle"
     yield f"first prompt ({len(prompt.tokens)} tokens): {tokenizer.decode(prompt.tokens)!r}"

@@ -116,7 +116,9 @@ def _lock(path: Path) -> IO[str]:
         if _is_at(lock, path / LOCK):
             return lock
         lock.close()
-    raise ConfigError(f"run.dir={str(path)!r} cannot be used: it cannot be made, or is removed again. Give another run.dir.")
+    raise ConfigError(
+        f"run.dir={str(path)!r} cannot be used: it cannot be made, or is removed again. Give another run.dir."
+    )
 
 
 def _own(lock: IO[str], path: Path) -> None:

@@ -58,6 +58,7 @@ class Sampler:
         self._cache = SlotCache(self._layers, model.device, model.dtype)
         self._asleep = False
         self.is_torn = False  # neither the old version's weights nor a new one's
+        self._is_stale = False  # keys and values of running answers are an older version's
         self._token_bytes = kv_bytes_per_token(text, model.dtype)
         self._limits = Limits.of(text)
 
@@ -171,6 +172,9 @@ class Sampler:
     def step(self) -> list[Sampled]:
         """Admits waiting groups, samples one token of every running answer, returns the groups that became complete."""
         if not self.is_torn:
+            if self._is_stale:
+                self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
+                self._is_stale = False
             self._admit()
             if self.running:
                 self._decode()
@@ -372,10 +376,8 @@ class Sampler:
 
     @torch.inference_mode()
     def finish_install(self, version: Version) -> None:
-        """All weights are ``version``'s: running answers go on under them."""
-        if self.recompute:
-            self._fill([(self._history(r), r, r + 1) for r in range(self.running)])
-        self.version, self.is_torn = version, False
+        """All weights are ``version``'s: running answers go on under them. The next step computes what ``recompute`` asks."""
+        self.version, self.is_torn, self._is_stale = version, False, self.recompute
 
     # ---------------------------------------------------------------- taking turns
 

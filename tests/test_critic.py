@@ -13,15 +13,7 @@ from hapo_async.learner import critic
 from hapo_async.types import Source, Version
 from tests import learners, samples_learn
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def many_tasks():
-    return learners.many_tasks()
+pytest_plugins = ["tests.learner_fixtures"]
 
 
 def test_estimates_are_made_sequence_by_sequence(many_tasks):

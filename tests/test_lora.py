@@ -70,6 +70,7 @@ def test_what_can_be_trained_is_accepted():
         lora.check(config(**table), MODEL)
     lora.check(config("sft", dropout=0.1), MODEL)
     lora.check(parse({}), "/no/such/model")
+    assert lora.size(parse({}), "/no/such/model") == 0
 
 
 def test_a_model_whose_files_name_a_layer_otherwise_is_refused(tmp_path):
@@ -96,6 +97,7 @@ def test_adapters_alone_are_trainable_and_start_from_the_seed():
     lora.attach(again, Lora.of(config()), 0)
     lora.attach(other, Lora.of(config()), 1)
     trained = {n for n, p in first.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in first.parameters() if p.requires_grad) == lora.size(config(), MODEL) > 0
     assert len(trained) == 2 * 7 * 2 and all(".lora_" in name for name in trained)
     assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in first.named_parameters())
     assert not torch.equal(*(next(p for n, p in m.named_parameters() if ".lora_A." in n) for m in (first, other)))

@@ -17,12 +17,9 @@ from hapo_async.objective import objective
 from hapo_async.types import Version
 from tests import learners, samples_learn
 
+pytest_plugins = ["tests.learner_fixtures"]
+
 NOW = 5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

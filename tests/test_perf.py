@@ -23,6 +23,16 @@ def test_operations_are_six_per_parameter_and_token_and_the_table_counts_where_i
     assert perf.training_flops(model, 100, 40) == 6 * (body * 100 + table * 40)
 
 
+def test_a_frozen_parameter_has_no_gradient_of_its_own(model: torch.nn.Module) -> None:
+    whole = perf.training_flops(model, 100, 40)
+    frozen = next(p for n, p in model.named_parameters() if "q_proj.weight" in n)
+    frozen.requires_grad_(False)
+    try:
+        assert whole - perf.training_flops(model, 100, 40) == 2 * frozen.numel() * 100
+    finally:
+        frozen.requires_grad_(True)
+
+
 def test_sizes_are_the_whole_models_where_zero_keeps_a_part(model: torch.nn.Module, monkeypatch) -> None:
     whole = perf.training_flops(model, 10, 10)
     for p in model.parameters():

@@ -9,20 +9,7 @@ from hapo_async.learner import learn
 from hapo_async.objective import objective
 from tests import learners, samples_learn
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def many_tasks():
-    return learners.many_tasks()
-
-
-@pytest.fixture(scope="module")
-def steps():
-    return [samples_learn.tasks(8, 4, seed=step) for step in range(5)]
+pytest_plugins = ["tests.learner_fixtures"]
 
 
 def test_later_mini_batches_are_compared_with_the_policy_at_the_start_of_the_step(model, steps):

@@ -42,7 +42,7 @@ from actors import placement
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup, LearnerRank
 from hapo_async import config as configs
-from hapo_async.driver import fleet, run, setup, starting
+from hapo_async.driver import run, setup, starter, starting
 from hapo_async.types import GroupRequest, Version
 
 SLOWER = {"generator-0": 1, "generator-1": 2, "generator-2": 5}
@@ -69,7 +69,7 @@ def main() -> None:
     model = random_model.make(args.runs / "model")
     data = random_model.write_prompts(args.runs / "prompts.jsonl", _prompts())
     start = [f"model={model}", f"data.train={data}", *COMMON]
-    fleet.GeneratorActor, starting.LearnerGroup = Uneven, Skipping  # type: ignore[misc, assignment]
+    starter.GeneratorActor, starting.LearnerGroup = Uneven, Skipping  # type: ignore[misc, assignment]
     ray = placement.LocalRay(num_cpus=5)
     found = []
     try:

@@ -23,6 +23,7 @@ from actors import transports
 from actors.generator import GeneratorActor
 from actors.learner import LearnerRank
 from actors.transports import Data, Member, Offer, Put, Receiver, Sender
+from actors.vllm_device import WorkerReceiver
 from hapo_async.config import Config
 from hapo_async.types import Version
 from hapo_async.weights import Bucket, Manifest
@@ -50,12 +51,12 @@ class Tamper:
         self.armed: Fault | None = None
         self.fired: list[Fault] = []
         self.pace_s = 0.0
-        self._passed = 0
+        self.passed = 0
         self._held: tuple[Fault, Bucket, Data] | None = None
 
     def begin(self) -> None:
         """A transfer begins."""
-        self._passed, self._held = 0, None
+        self.passed, self._held = 0, None
 
     def pass_on(self, forward: Put, bucket: Bucket, data: Data) -> None:
         time.sleep(self.pace_s)
@@ -65,8 +66,8 @@ class Tamper:
             for one, its in pairs:
                 forward(one, its)
             return
-        fault, self._passed = self.armed, self._passed + 1
-        if fault is None or self._passed <= fault.after:
+        fault, self.passed = self.armed, self.passed + 1
+        if fault is None or self.passed <= fault.after:
             forward(bucket, data)
             return
         self.armed = None
@@ -173,6 +174,11 @@ class FaultyRank(LearnerRank):
         """What has happened since the last call."""
         return _taken(self.tamper)
 
+    @ray.method(concurrency_group="control")
+    def passed(self) -> int:
+        """Buckets of the transfer that is under way, or of the last one."""
+        return self.tamper.passed
+
 
 class FaultyGenerator(GeneratorActor):
     """A generator whose receivers can be armed."""
@@ -183,7 +189,10 @@ class FaultyGenerator(GeneratorActor):
         self._wrap()
 
     def _wrap(self) -> None:
-        self._receiver = TamperedReceiver(self._receiver, self.tamper)
+        if not isinstance(
+            self._receiver, WorkerReceiver
+        ):  # vLLM's own processes receive: there is nothing to pass through
+            self._receiver = TamperedReceiver(self._receiver, self.tamper)
         self._snapshots = TamperedReceiver(self._snapshots, self.tamper)
 
     async def arm(self, fault: Fault | None, pace_s: float = 0.0) -> None:
@@ -203,7 +212,7 @@ class FaultyGenerator(GeneratorActor):
         self._receiver.close()
         self.config = Config.model_validate(config)
         self._transport = self.config.transport(self.device == "cuda")
-        self._receiver = transports.receiver(self._transport, self.device, ray.util.get_node_ip_address())
+        self._receiver = self._new_receiver()
         self._snapshots = transports.receiver("ray", self.device, "")
         self._wrap()
         return self._receiver.key

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,6 +209,24 @@ class Watch:
             mine.append(version)
         if not error < EXACT:
             self.wrong.append(f"{generator.name} serves {version} with log-probs that are {error:.2g} off")
+
+
+class Said(logging.Handler):
+    """The driver's warnings meanwhile, shortened."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage().replace("\n", " ")[:300])
+
+    async def __aenter__(self) -> Said:
+        logging.getLogger("hapo_async").addHandler(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        logging.getLogger("hapo_async").removeHandler(self)
 
 
 async def start_learner(

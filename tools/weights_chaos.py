@@ -28,7 +28,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import random
 import statistics
 import sys
@@ -48,7 +47,7 @@ import measured
 import random_model
 import weight_rig
 from weight_faults import DAMAGE, Fault, FaultyGenerator, FaultyRank
-from weight_rig import Rig, Watch, eventually
+from weight_rig import Rig, Said, Watch, eventually
 
 from actors import placement
 from hapo_async.driver import restarts, starter
@@ -291,24 +290,6 @@ def _alive(pids: Sequence[int]) -> list[int]:
             if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 out.append(pid)
     return out
-
-
-class Said(logging.Handler):
-    """The driver's warnings meanwhile, shortened."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage().replace("\n", " ")[:300])
-
-    async def __aenter__(self) -> Said:
-        logging.getLogger("hapo_async").addHandler(self)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        logging.getLogger("hapo_async").removeHandler(self)
 
 
 # --------------------------------------------------------------------------------------------------------------------

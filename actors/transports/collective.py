@@ -36,7 +36,7 @@ from hapo_async.weights import Bucket, Manifest, TransferError
 log = logging.getLogger(__name__)
 
 CONNECT_S = 20.0  # once all are there, connecting them takes no longer
-LAST_WORDS_S = 1.0  # how long the sender of a broken epoch listens to find out who is frozen
+LAST_WORDS_S = 2.0  # how long the sender of a broken epoch listens to find out who is frozen
 
 
 def width_of(key: str) -> int:
@@ -89,6 +89,7 @@ class CollectiveSender:
     def announce(self, version: Version, kind: str, members: Sequence[Member]) -> Offer:
         """An offer for those of ``members`` whose process is not known to be gone."""
         if self._epoch is not None and not self._epoch.broken and (lost := self._epoch.exchange.lost(0.0)):
+            self._epoch.leave()
             self._break(self._epoch, "members left", lost)
         wanted = tuple(member for member in members if member.key not in self._gone)
         if self._epoch is None or self._epoch.broken or self._epoch.members != wanted:
@@ -109,12 +110,14 @@ class CollectiveSender:
 
     def send(self, bucket: Bucket, data: Data) -> None:
         raw = data if isinstance(data, torch.Tensor) else torch.from_numpy(data)
+        if raw.nbytes != bucket.nbytes:  # gloo ends the process of a member that expects another size
+            raise TransferError(f"bucket {bucket.index} is to have {bucket.nbytes} bytes, but has {raw.nbytes}")
         self._send(self._whole(), f"bucket {bucket.index}", BUCKET, wire.encode_bucket(bucket), raw)
 
     def commit(self, manifest: Manifest) -> Offer:
         epoch = self._whole()
         self._send(epoch, "the manifest", COMMIT, wire.encode_manifest(manifest))
-        self._flush(epoch, "the manifest")
+        self._flush(epoch, "the end of the manifest", is_last=True)
         return self._offer(manifest.version, manifest.kind, manifest)
 
     def abort(self, why: str) -> None:
@@ -123,7 +126,7 @@ class CollectiveSender:
             return
         try:
             self._send(epoch, "the end", ABORT, why.encode()[: lines.REASON_BYTES] or b"no reason")
-            self._flush(epoch, "the end")
+            self._flush(epoch, "the end", is_last=True)
         except TransferError as error:
             log.warning("%s", error)
 
@@ -187,16 +190,21 @@ class CollectiveSender:
             raise self._break(epoch, f"no group: {_first_line(error)}", epoch.exchange.lost(0.0)) from error
 
     def _break(self, epoch: _Epoch, what: str, lost: dict[int, str]) -> TransferError:
-        """Ends the epoch. lost: members that are known to have left, and what they said."""
-        was_whole = epoch.group is not None
-        epoch.leave()
-        parts = [f"{self._backend}, epoch {epoch.number}: {what}"]
-        if lost:
-            parts += [f"{epoch.names([rank])}: {words}" for rank, words in sorted(lost.items())]
-        elif was_whole and (silent := set(range(1, epoch.size)) - epoch.exchange.hang_up(LAST_WORDS_S).keys()):
-            parts.append(f"no word from {epoch.names(silent)}")
-        dead = {rank for rank, words in lost.items() if words == lines.GONE}
+        """Ends the epoch, and finds out whose fault it was. lost: members whose lines have closed, and what they said."""
+        silent: set[int] = set()
+        if epoch.group is not None:
+            epoch.leave()
+            words = epoch.exchange.hang_up(LAST_WORDS_S)
+            silent = set(range(1, epoch.size)) - words.keys()
+            lost = lost | {rank: said for rank, said in words.items() if said == lines.GONE}
+        dead = {rank for rank, said in lost.items() if said == lines.GONE}
         self._gone |= {m.key for m in epoch.members if dead & set(_ranks(epoch, m))}
+        parts = [f"{self._backend}, epoch {epoch.number}: {what}"]
+        if dead or silent:  # the others complain of what these did
+            lost = {rank: lines.GONE for rank in dead}
+        parts += [f"{epoch.names([rank])}: {said}" for rank, said in sorted(lost.items())]
+        if silent:
+            parts.append(f"no word from {epoch.names(silent)}")
         epoch.exchange.close()
         epoch.broken = "; ".join(parts)
         return TransferError(epoch.broken)
@@ -219,11 +227,11 @@ class CollectiveSender:
         except RuntimeError as error:
             raise self._break(epoch, f"{what}: {_first_line(error)}", {}) from error
 
-    def _flush(self, epoch: _Epoch, what: str) -> None:
-        """Waits until all that was sent is through."""
+    def _flush(self, epoch: _Epoch, what: str, is_last: bool = False) -> None:
+        """Waits until all that was sent is through. Who leaves after the last of a version has missed nothing of it."""
 
         def trouble(nap: float) -> str:
-            return epoch.names(epoch.exchange.lost(nap))
+            return "a member left" if epoch.exchange.lost(nap) else ""
 
         for work, _ in epoch.sent:
             why = lines.settle(work.is_completed, self._deadline, trouble)
@@ -235,7 +243,7 @@ class CollectiveSender:
                 lost = epoch.exchange.lost(lines.NAP_S)
                 raise self._break(epoch, f"stuck before {what}: {_first_line(error)}", lost) from error
         epoch.sent.clear()
-        if lost := epoch.exchange.lost(0.0):
+        if not is_last and (lost := epoch.exchange.lost(0.0)):
             raise self._break(epoch, f"stopped before {what}", lost)
 
 
@@ -247,7 +255,7 @@ class CollectiveReceiver:
 
     def __init__(self, backend: str, address: str, device: str, width: int = 1) -> None:
         self.key = secrets.token_hex(8) + (f"x{width}" if width > 1 else "")
-        self._backend, self._address, self._device = backend, address, _device(backend, device)
+        self._backend, self._address, self._where = backend, address, device
         self._index = 0
         self._seat: Seat | None = None
         self._cancelled = threading.Event()
@@ -255,9 +263,9 @@ class CollectiveReceiver:
         self._is_closed = False
 
     @classmethod
-    def part(cls, key: str, index: int, backend: str, address: str, device: str) -> CollectiveReceiver:
-        """The receiver of process ``index`` of those behind ``key``."""
-        receiver = cls(backend, address, device)
+    def part(cls, key: str, index: int, backend: str, device: str) -> CollectiveReceiver:
+        """The receiver of process ``index`` of those behind ``key``. Its address is the one it reaches the learner from."""
+        receiver = cls(backend, "", device)
         receiver.key, receiver._index = key, index
         return receiver
 
@@ -271,12 +279,13 @@ class CollectiveReceiver:
         return end
 
     def _receive(self, offer: Offer, deadline: float, put: Put) -> Manifest | Exception:
-        if self._device.type != "cpu":
-            torch.cuda.set_device(self._device)
         why = "it was left in the middle"
         is_whole = False
         try:
-            end = self._follow(self._sit(offer, deadline), offer, deadline, put)
+            seat = self._sit(offer, deadline)
+            if seat.on_device:  # every thread starts out on GPU 0
+                torch.cuda.set_device(seat.device)
+            end = self._follow(seat, offer, deadline, put)
             is_whole = not self._is_closed
             return end
         except (RuntimeError, OSError) as error:  # TransferError is a RuntimeError
@@ -295,12 +304,13 @@ class CollectiveReceiver:
             self._leave("another epoch begins")
             rank = int(d["ranks"][self.key]) + self._index
             line = lines.Line(d["address"], d["port"], d["token"], rank, min(CONNECT_S, _left(deadline)))
-            self._seat = Seat(d["token"], line, self._cancelled, self._device)
+            self._seat = Seat(d["token"], line, self._cancelled, _device(self._backend, self._where))
             if not line.wait_for_go(deadline, self._cancelled):
                 raise TransferError("cancelled" if self._cancelled.is_set() else "not all members came")
             connected = min(deadline, time.monotonic() + CONNECT_S)
             store = dist.PrefixStore(d["token"], group.visit(d["address"], d["store_port"], connected))
-            self._seat.group = group.Group(self._backend, store, rank, d["size"], self._address, connected)
+            address = self._address or line.address
+            self._seat.group = group.Group(self._backend, store, rank, d["size"], address, connected)
         return self._seat
 
     def _follow(self, seat: Seat, offer: Offer, deadline: float, put: Put) -> Manifest | Exception:
@@ -341,7 +351,7 @@ class CollectiveReceiver:
 
 
 def _device(backend: str, device: str) -> torch.device:
-    """Where buckets lie; a CUDA device gets its number, since every thread starts out on number 0."""
+    """Where buckets lie; a CUDA device with its number."""
     where = torch.device(device if backend == "nccl" else "cpu")
     return torch.device("cuda", torch.cuda.current_device()) if where.type == "cuda" and where.index is None else where
 

@@ -104,6 +104,7 @@ class Line:
         self._socket = socket.create_connection((address, port), timeout=timeout_s)
         self._socket.sendall(f"{token}{rank:08d}".encode())
         self._socket.setblocking(False)
+        self.address: str = self._socket.getsockname()[0]  # of this node, as the learner's sees it
 
     def wait_for_go(self, deadline: float, cancelled: threading.Event) -> bool:
         """False when the line closed, or the deadline or ``cancelled`` came first."""
@@ -119,6 +120,7 @@ class Line:
     def close(self, why: str) -> None:
         with contextlib.suppress(OSError):
             self._socket.send(why.encode()[:REASON_BYTES])
+            _read(self._socket, 1)  # what is unread when a socket closes costs the other end our words
         self._socket.close()
 
 
@@ -154,8 +156,8 @@ def _words(line: socket.socket) -> str:
     """What the other end said before it closed; it can be asked again."""
     try:
         words = line.recv(REASON_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-    except OSError:
-        return GONE
+    except OSError as error:  # it may be alive: closing with something unread looks like this too
+        return f"its line broke ({error.strerror})"
     return words.decode("utf-8", "replace") or GONE
 
 

@@ -55,13 +55,13 @@ def decode_bucket(raw: bytes | memoryview) -> Bucket:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Raises TransferError for a manifest that no receiver would take."""
+    """Of buckets that ``encode_bucket`` took. Raises TransferError for a manifest that no receiver would take."""
     base = None if manifest.base is None else list(manifest.base)
-    rows = [bucket_row(b) for b in manifest.buckets]
-    fields = {"version": list(manifest.version), "kind": manifest.kind, "base": base, "buckets": rows}
-    raw = bytes(msgpack.packb(fields))
-    if decode_manifest(raw) != manifest:
-        raise TransferError(f"the manifest of {manifest.version} cannot be sent as it is")
+    fields: dict[str, Any] = {"version": list(manifest.version), "kind": manifest.kind, "base": base, "buckets": []}
+    check_fields(fields, _MANIFEST)
+    raw = bytes(msgpack.packb({**fields, "buckets": [bucket_row(b) for b in manifest.buckets]}))
+    if len(raw) > MAX_MANIFEST or len(manifest.buckets) > MAX_BUCKETS:
+        raise TransferError(f"the manifest of {manifest.version}, {len(raw)} bytes, cannot be sent")
     return raw
 
 

@@ -23,7 +23,7 @@ from hapo_async.weights import Bucket, Manifest, TransferError, digest
 
 STEP_S = 0.1
 """How soon a fetch that waits sees that it was cancelled."""
-HANDSHAKE_S = 15.0
+HANDSHAKE_S = 30.0
 HEARTBEAT_S, SILENCE_S = 2.0, 20.0
 FAREWELL_S = 0.5
 """How long a finished fetch may take to say so; the learner then knows at once that the version can go."""
@@ -110,7 +110,10 @@ class Link:
         self._socket.connect(endpoint)
 
     def ask(self, op: str, **fields: Any) -> None:
-        self._socket.send(zmq_wire.encode(op, **fields), zmq.NOBLOCK)
+        try:
+            self._socket.send(zmq_wire.encode(op, **fields), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise TransferError(_TROUBLE[zmq.EVENT_DISCONNECTED]) from error
 
     def hear(self) -> zmq_wire.Message:
         """The next answer; that of a chunk is followed by ``read``. Raises TransferError: cancelled, too late, refused, lost."""

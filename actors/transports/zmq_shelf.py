@@ -22,13 +22,13 @@ MAX_GONE = 16
 
 @dataclass(eq=False)
 class Transfer:
-    """One version, sent once. rows, row_bytes: the buckets' headers as plain data, and how long they are as msgpack."""
+    """One version, sent once. header_bytes: how long each bucket's header is."""
 
     version: Version
     kind: str
     token: str = field(default_factory=lambda: secrets.token_hex(16))
-    rows: list[list[Any]] = field(default_factory=list)
-    row_bytes: list[int] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    header_bytes: list[int] = field(default_factory=list)
     data: list[np.ndarray] = field(default_factory=list)
     manifest: np.ndarray | None = None
     digest: str = ""
@@ -36,9 +36,8 @@ class Transfer:
     def add(self, bucket: Bucket, data: np.ndarray) -> None:
         if bucket.index != len(self.data) or bucket.nbytes != data.nbytes:
             raise TransferError(f"bucket {bucket.index} with {data.nbytes} bytes is not the next one of {self.version}")
-        size = len(wire.encode_bucket(bucket))
-        self.rows.append(wire.bucket_row(bucket))
-        self.row_bytes.append(size)
+        self.header_bytes.append(len(wire.encode_bucket(bucket)))
+        self.buckets.append(bucket)
         self.data.append(data)
 
     def commit(self, manifest: Manifest, raw: bytes) -> None:
@@ -46,7 +45,7 @@ class Transfer:
             raise TransferError(
                 f"the manifest is of {manifest.kind} {manifest.version}; {self.kind} {self.version} was sent"
             )
-        if [wire.bucket_row(b) for b in manifest.buckets] != self.rows:
+        if list(manifest.buckets) != self.buckets:
             raise TransferError(f"the manifest of {self.version} does not list the buckets that were sent")
         self.manifest = np.frombuffer(raw, np.uint8)
         self.digest = digest(self.manifest)
@@ -54,12 +53,12 @@ class Transfer:
     def page(self, after: int) -> list[list[Any]]:
         """Headers of buckets from number ``after`` on, as many as one answer holds."""
         size, end = 0, after
-        while end < len(self.rows):
-            size += self.row_bytes[end]
-            if size > zmq_wire.MAX_HEADER - 1024:
+        while end < len(self.buckets):
+            size += self.header_bytes[end]
+            if size > zmq_wire.MAX_HEADER - zmq_wire.MAX_REQUEST:
                 break
             end += 1
-        return self.rows[after:end]
+        return [wire.bucket_row(bucket) for bucket in self.buckets[after:end]]
 
     def chunk(self, index: int, offset: int) -> np.ndarray:
         """uint8 [<= zmq_wire.CHUNK], not copied."""

@@ -48,8 +48,8 @@ def _check_flow(c: Config) -> None:
     lag = c.staleness.force_lag
     if lag and c.max_staleness != lag:
         raise ValueError(
-            f"staleness.force_lag={lag} trains on groups that are {plural(lag, 'step')} old, but max_staleness={c.max_staleness}. Set "
-            f"max_staleness={lag} as well, or staleness.force_lag=0."
+            f"staleness.force_lag={lag} trains on groups that are {plural(lag, 'step')} old, but "
+            f"max_staleness={c.max_staleness}. Set max_staleness={lag} as well, or staleness.force_lag=0."
         )
     if c.eval.mode == "detached" and c.generator.count < 2:
         raise ValueError(

@@ -332,9 +332,11 @@ class Config(_Section):
         """``weights.transport`` with `auto` resolved. cuda: learner and generators compute on GPUs."""
         if self.weights.transport != "auto":
             return self.weights.transport
-        if not cuda:
+        if not cuda or self.learner.lora:
             return "ray"
-        return "ipc" if self.generator.placement == "colocated" else "nccl"
+        if self.generator.placement == "colocated":
+            return "ipc" if self.learner.ranks == 1 else "ray"
+        return "nccl"
 
     def staging(self, cuda: bool) -> str:
         """``weights.staging`` with `auto` resolved: device | host | none."""

@@ -7,6 +7,10 @@ Every loop, what it consumes, what it waits for, who unblocks it, and what bound
 | sampling.feed     | prompts, retries          | capacity of a generator (admission) | a trained or dropped group        |
 | sampling.follow   | one issued group          | generator, verifier                 | their answer, or their deadline   |
 | fleet.install     | the newest manifest       | a generator to apply it             | its answer, or weights.deadline_s |
+| upkeep.replace    | a dead generator          | backoff; a place; it to be ready    | their deadlines; a few tries      |
+| upkeep.retire     | a generator that leaves   | its groups, then their hand-over    | its deadline                      |
+| judges.replace    | a dead verifier           | backoff; it to be ready             | its deadline; a few tries         |
+| scaling.run       | one request at a time     | those that come, those that leave   | their deadlines, and the request's|
 | fleet.detach      | one generator             | its groups, then one install        | their answers, or its deadline    |
 | offline.generate  | prompts without answers   | generator, verifier (offline alone) | their answer; asked three times   |
 | training.run      | the buffer, oldest first  | a full batch; overdue groups        | follow; late_deadline_s           |

@@ -23,6 +23,8 @@ from hapo_async.types import Version
 log = logging.getLogger(__name__)
 
 INSTALL_TRIES = 3
+GRACE_S = 2.0
+"""A generator's own deadline comes first: it then says what is wrong. One that says nothing for so much longer is gone."""
 
 Installed = Callable[[Generator, Version], None]
 """Called after each install of a version on a generator."""
@@ -54,9 +56,10 @@ class Distribution:
         self.failed = 0  # installs, since the journal last looked
         self.admit: Callable[[Sequence[Member]], Awaitable[None]] = _nobody  # lets newcomers fetch what is there
         self._ask, self._serving, self._fail, self._moved = ask, serving, fail, moved
-        self._deadline_s = config.weights.deadline_s
+        self._deadline_s = config.weights.deadline_s + GRACE_S
         self._offers: list[Offer] = []  # of the newest version
         self._missed: set[tuple[str, str, Version]] = set()  # (generator, transport, version) that failed in lockstep
+        self._spoilt: list[tuple[Generator, Offer]] = []  # of the newest version, and too often tried in vain
         self._fetching: dict[str, asyncio.Task[None]] = {}  # the newest of each generator
         self._tasks: set[asyncio.Task[None]] = set()  # every fetch that goes on
         self._installers: dict[str, asyncio.Task[None]] = {}
@@ -80,7 +83,7 @@ class Distribution:
         """What the generator can get the newest version from."""
         name = generator.name
         usable = (o for o in self._offers if o.is_for(name) and (name, o.transport, o.version) not in self._missed)
-        return next(usable, None)
+        return next((o for o in usable if not any(g is generator and bad is o for g, bad in self._spoilt)), None)
 
     def announce(self, offer: Offer) -> None:
         """Generators begin to fetch a version that is still leaving the learner. Where it can be fetched later as well, those
@@ -115,7 +118,7 @@ class Distribution:
         if offer.version == self.newest:
             self._offers.append(offer)
         else:
-            self._offers = [offer]
+            self._offers, self._spoilt = [offer], []
             self._missed = {missed for missed in self._missed if missed[2] == offer.version}
         for generator in self._serving():
             self.start(generator)
@@ -152,7 +155,8 @@ class Distribution:
             await self.install_once(generator, offer)
 
     async def install_once(self, generator: Generator, offer: Offer) -> None:
-        """One try. Takes the generator out of service when it is gone or has failed too often."""
+        """One try. After a few, somebody has to gather the version once more, since its bytes may be damaged where they come
+        from; when that does not help either, and when the generator is gone, it is taken out of service."""
         try:
             generator.last_install = await self._ask(generator, "install", self._deadline_s, offer)
         except CallFailed as error:
@@ -160,8 +164,10 @@ class Distribution:
             self.failed += 1
             log.warning("%s keeps serving %s: %s", generator.name, generator.installed, error)
             self._miss(generator, offer)
-            if error.gone or generator.failures >= INSTALL_TRIES:
+            if error.gone or generator.failures >= 2 * INSTALL_TRIES:
                 self._give_up(generator, CallFailed(generator.name, str(error), gone=True))
+            elif generator.failures % INSTALL_TRIES == 0:
+                self._spoilt.append((generator, offer))
             return
         generator.failures = 0
         generator.installed = offer.version

@@ -349,6 +349,7 @@ class Fleet:
             if not self.serving:
                 await self.someone()
                 limit = None
+                continue
             limit = limit or time.monotonic() + deadline_s
             self._moved.clear()
             try:

@@ -32,7 +32,7 @@ class Tally:
     generated_tokens: int = 0
     generate_s: list[float] = field(default_factory=list)
     verify_s: list[float] = field(default_factory=list)
-    verdicts: dict[str, int] = field(default_factory=dict)
+    verdicts: Counter[str] = field(default_factory=Counter)
     late: int = 0
     blocked_s: float = 0.0
     late_lengths: Counter[str] = field(default_factory=Counter)

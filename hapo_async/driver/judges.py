@@ -115,9 +115,7 @@ class Judges:
             judge.outstanding += answers
             deadline_s = 30.0 + 2 * judge.outstanding * self.config.verifier.timeout_s
             try:
-                ref = judge.actor.judge.remote(
-                    payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra)
-                )
+                ref = judge.actor.judge.remote(payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra))
                 judgements: list[Judgement] = await self._calls.answer(ref, deadline_s, judge.name, "judge", key)
                 return judgements
             except CallFailed as error:
@@ -150,7 +148,9 @@ class Judges:
             self.note("given_up", f"{judge.name} lost", f"{judge.name} is lost and not replaced: {error}")
             self._changed.set()
             return
-        self.note("lost", f"{judge.name} lost", f"{judge.name} is lost: {error}; another one is started in {wait_s:g} s")
+        self.note(
+            "lost", f"{judge.name} lost", f"{judge.name} is lost: {error}; another one is started in {wait_s:g} s"
+        )
         task = self._expected[judge.name] = asyncio.create_task(self._replace(judge.name, wait_s))
         task.add_done_callback(lambda _: self._changed.set())
 

@@ -113,8 +113,8 @@ class Offline:
             missing = "the reference's log-probs"
         if missing:
             raise ConfigError(
-                f"the run has trained {plural(step, 'step')}, but {str(self.cache.folder)!r} no longer holds {missing}, which come "
-                "from the policy before its first step. Put the folder back, or start anew: run.resume=never."
+                f"the run has trained {plural(step, 'step')}, but {str(self.cache.folder)!r} no longer holds {missing}, which "
+                "come from the policy before its first step. Put the folder back, or start anew: run.resume=never."
             )
 
     def divide(self) -> None:

@@ -32,14 +32,16 @@ def find_checkpoint(config: Config, folder: RunDir) -> checkpoint.Checkpoint | N
 
 
 def refuse_another_run(config: Config, folder: RunDir) -> None:
-    """Raises ConfigError where the folder holds a run of another algorithm, model or data: it would be taken for this
-    one's. Other settings may change on the way."""
+    """Raises ConfigError where the folder holds a run of another algorithm, model, adapter or data: it would be taken for
+    this one's. Other settings may change on the way."""
     before = folder.read_config()
-    for key, mine in (("algorithm", config.algorithm), ("model", config.model), ("data.train", config.data.train)):
+    kept: dict[str, Any] = {"algorithm": config.algorithm, "model": config.model, "data.train": config.data.train}
+    kept["learner.lora"] = config.learner.lora
+    for key, mine in kept.items():
         there: Any = before
         for part in key.split("."):
             there = there.get(part, {}) if isinstance(there, dict) else {}
-        if isinstance(there, str) and there != mine:
+        if isinstance(there, type(mine)) and there != mine:
             raise ConfigError(
                 f"run.dir={str(folder.path)!r} holds a run with {key}={there!r}, this one has {key}={mine!r}. Give another "
                 "run.dir, or run.resume=never to move that run aside and start afresh."

@@ -33,11 +33,11 @@ from hapo_async.driver.resuming import (
     refuse_another_run,
 )
 from hapo_async.driver.sampling import Sampler
+from hapo_async.driver.scaling import Scaler
 from hapo_async.driver.setup import Prepared, check_libraries
 from hapo_async.driver.training import StepTimes, Trained, Trainer
-from hapo_async.driver.watchdog import Watchdog
-from hapo_async.driver.scaling import Scaler
 from hapo_async.driver.upkeep import Upkeep
+from hapo_async.driver.watchdog import Watchdog
 from hapo_async.errors import RunError
 from hapo_async.events import EVENTS_FILE, Events
 from hapo_async.ledger import Ledger
@@ -294,7 +294,8 @@ class _Run:
         if not self.evaluator.sets:
             return {}
         await self.trainer.everywhere()
-        self.last_evals = await self.evaluator.run(step, version=self.trainer.version)
+        asking = self.evaluator.run(step, version=self.trainer.version)
+        self.last_evals = await self.trainer.attended(asking)
         return dict(self.last_evals)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:

@@ -102,7 +102,6 @@ class Sampler:
                 elif self.demonstrations_ahead:
                     self._issue_demonstrations()
                 else:
-                    self._continue(fleet, judges)
                     self._issue(fleet, judges)
             self._clock_the_bound()
             if self.drained:
@@ -117,13 +116,11 @@ class Sampler:
         is_full = is_full and len(self.buffer) >= self.config.train.batch_prompts
         self._blocked_since = now if is_full and not self.hold else None
 
-    def _continue(self, fleet: Fleet, judges: Judges) -> None:
-        """Groups that another generator has begun."""
+    def _issue(self, fleet: Fleet, judges: Judges) -> None:
+        """Gives every free place a prompt, each time to the generator with the fewest tokens outstanding. Groups that another
+        generator has begun come first."""
         for generator, request in self.handover.place(fleet, self.config.generator.max_concurrent, self._mean_length):
             self._start(self._follow(fleet, judges, generator, request.key, request))
-
-    def _issue(self, fleet: Fleet, judges: Judges) -> None:
-        """Gives every free place a prompt, each time to the generator with the fewest tokens outstanding."""
         rounds: dict[str, tuple[Generator, list[GroupRequest]]] = {}
         roomy = self._roomy(fleet)
         while roomy:
@@ -274,8 +271,7 @@ class Sampler:
             self._give_back(fleet, generator, key, error)
             return
         self.tally.verify_s.append(time.monotonic() - began)
-        for judgement in judgements:
-            self.tally.verdicts[judgement.verdict] = self.tally.verdicts.get(judgement.verdict, 0) + 1
+        self.tally.verdicts.update(str(judgement.verdict) for judgement in judgements)
         if self.ledger.is_current(key):
             self._admit(header, payload, flight.prompt, judgements)
 

@@ -1,9 +1,4 @@
-"""``hapo-async scale``: requests to a live run for more or fewer generators and verifiers, met one after the other.
-
-| loop | consumes | waits for | unblocked by |
-|---|---|---|---|
-| ``Scaler.run`` | ``control/request.json``, looked for every second | newcomers to serve, leavers to be gone | their own deadlines, and the request's |
-"""
+"""``hapo-async scale``: requests to a live run for more or fewer generators and verifiers, met one after the other."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,8 @@ def check_context(config: Config, model_path: str, prompts: list[Prompt]) -> Non
 
 
 def check_libraries(config: Config, gpus: bool | None) -> None:
-    """The engine is installed, and the pass-through sections name what their libraries know."""
+    """The engine is installed, weights can travel, and the pass-through sections name what their libraries know."""
+    check_transport(config, gpus)
     if config.deepspeed:
         from actors import learner
 
@@ -131,6 +133,35 @@ def check_libraries(config: Config, gpus: bool | None) -> None:
         vllm_engine.engine_args(config)
     elif config.vllm and config.generator.engine == "transformers":
         raise ConfigError("the vllm: section has no effect with generator.engine=transformers. Remove one of the two.")
+
+
+def check_transport(config: Config, gpus: bool | None) -> None:
+    """``nccl`` and ``ipc`` find what they need. gpus: None: of this machine, unless a cluster is to be joined."""
+    transport, staging = config.weights.transport, config.weights.staging
+    if transport not in ("nccl", "ipc"):
+        return
+    if gpus is None and not os.environ.get("RAY_ADDRESS"):
+        gpus = torch.cuda.is_available()
+    if gpus is False:
+        raise ConfigError(
+            f"weights.transport={transport} moves weights between GPUs, and there are none. Use weights.transport=auto, or "
+            "gloo, zmq or ray."
+        )
+    if staging == "host":
+        raise ConfigError(
+            f"weights.staging=host does not go with weights.transport={transport}, which never passes through host memory. Use "
+            "weights.staging=device (or none, where there is no room for a second copy)."
+        )
+    if config.learner.lora:
+        raise ConfigError(
+            f"weights.transport={transport} sends full models; an adapter (learner.lora) is merged in host memory. Use "
+            "weights.transport=auto."
+        )
+    if transport == "ipc" and (config.generator.placement != "colocated" or config.learner.ranks > 1):
+        raise ConfigError(
+            "weights.transport=ipc shares memory of one GPU: it needs generator.placement=colocated and learner.ranks=1. Use "
+            "weights.transport=auto."
+        )
 
 
 def free_name(name: str, taken: Mapping[str, Any]) -> str:

@@ -27,9 +27,7 @@ class Starter:
         for index in range(self._config.generator.count):
             name, width = f"generator-{index}", self._config.generator.width
             slot = (
-                slots[index]
-                if slots
-                else placement.reserve(self._cluster, width, self._cpu_share, name, one_node=True)
+                slots[index] if slots else placement.reserve(self._cluster, width, self._cpu_share, name, one_node=True)
             )
             out.append((name, self.spawn(name, slot), slot))
         return out

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from hapo_async.admission import overdue
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.driver import tasks
+from hapo_async.driver.distribution import GRACE_S
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.sampling import Sampler
 from hapo_async.errors import RunError
@@ -25,8 +27,11 @@ from hapo_async.ledger import Ledger
 from hapo_async.sequences import Sequence as TokenSequence
 from hapo_async.sequences import TrainGroup, demonstration, with_teacher
 from hapo_async.types import GroupKey, Version
+from hapo_async.words import plural
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WANTING_S = 0.5
 SNAPSHOT = "ray"  # the transport of versions that some generators need once more
@@ -99,15 +104,21 @@ class Trainer:
         self.fleet.weights.publish(await self._gather(StepTimes()))
 
     async def everywhere(self) -> None:
-        """Until every serving generator has the current version. Raises RunError after ``weights.deadline_s``."""
-        waiting = asyncio.create_task(self.fleet.wait_installed(self.version, self.config.weights.deadline_s))
+        """Until every serving generator has the current version. Raises RunError when it takes longer than two tries, after
+        which one that is frozen serves no more."""
+        deadline_s = 2 * (self.config.weights.deadline_s + GRACE_S)
+        await self.attended(self.fleet.wait_installed(self.version, deadline_s))
+
+    async def attended(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work brings, for which the learner waits: generators that come meanwhile get the current version."""
+        working = asyncio.create_task(work)
         try:
-            while not waiting.done():
+            while not working.done():
                 await self._serve_wanting()
-                await asyncio.wait({waiting}, timeout=WANTING_S)
-            waiting.result()
+                await asyncio.wait({working}, timeout=WANTING_S)
+            return working.result()
         finally:
-            await tasks.end(waiting)
+            await tasks.end(working)
 
     async def _gather(self, times: StepTimes) -> Offer:
         """The current version on its way, and measured by ``at_publish``."""
@@ -321,8 +332,8 @@ class Trainer:
         log.error("step skipped: loss or gradient not finite (%d in a row)", self._bad_steps)
         if self._bad_steps >= c.learner.max_bad_steps:
             raise RunError(
-                f"{self._bad_steps} steps in a row had a non-finite loss or gradient (learner.max_bad_steps). Lower learner.lr, "
-                "or look at the last groups in rollouts/."
+                f"{plural(self._bad_steps, 'step')} in a row had a non-finite loss or gradient (learner.max_bad_steps). Lower "
+                "learner.lr, or look at the last groups in rollouts/."
             )
         self.sampler.wake()
         return None

@@ -197,7 +197,7 @@ class Upkeep:
     def victims(self, count: int) -> list[Generator]:
         """Those that leave first: dead ones that are being replaced, then the newest; none that is lent to an evaluation, and
         never the last that serves."""
-        members = list(reversed(self._fleet.generators))
+        members = sorted(self._fleet.generators, key=lambda g: int(g.name.rpartition("-")[2]), reverse=True)
         dead = [g for g in members if not g.alive and g.name in self._expected][:count]
         free, wanted = [g for g in members if g.takes_weights], count - len(dead)
         if not any(g.serves for g in free[wanted:]):

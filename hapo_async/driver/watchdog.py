@@ -34,6 +34,7 @@ from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.sampling import Sampler
 from hapo_async.ledger import Ledger
+from hapo_async.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,13 @@ HEARTBEATS = ("stats", "ping")
 
 @dataclass(frozen=True)
 class Reading:
-    """What an actor says of itself. progress: changes when it gets on. doing: for people."""
+    """What an actor says of itself. progress: changes when it gets on. doing: for people. patience_s: what it does now may
+    take so long without anything that it counts, since it has a deadline of its own."""
 
     progress: Any
     doing: str
     pid: int
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class Pulse:
         self.incident: Incident | None = None
         self.call: asyncio.Task[None] | None = None
 
+    @property
+    def patience_s(self) -> float:
+        """How long it may go without progress that shows."""
+        return max(self.actor.patience_s, self.reading.patience_s if self.reading else 0.0)
+
     def hear(self, reading: Reading, now: float) -> None:
         if self.reading is None or reading.progress != self.reading.progress:
             self.moved, self.seen, self.unmoved = self.answered, now, 0
@@ -125,6 +133,7 @@ class Watchdog:
         self._beat_s = self.silence_s / ASKED_IN_SILENCE
         self._judgement_s = config.verifier.timeout_s + self._beat_s  # then a worker is killed, and that counts
         self._tick_s = self._beat_s / TICKS_BETWEEN
+        self._install_s = config.weights.deadline_s + self._beat_s  # then the install has failed
         self._pulses: dict[str, Pulse] = {}
         self._seen: Any = None  # the driver's own progress
         self._moved = time.monotonic()  # ... and when it last changed
@@ -198,8 +207,11 @@ class Watchdog:
 
     async def _ask_generator(self, generator: Generator, deadline_s: float) -> Reading:
         s = await self.fleet.stats(generator, deadline_s)
-        doing = f"{s['running_groups']} groups running, version {s['version']}"
-        return Reading((s["tokens"], s["version"], s.get("received")), doing, s["pid"])
+        applying = bool(s.get("applying"))
+        doing = f"{plural(s['running_groups'], 'group')} running, version {s['version']}"
+        doing += ", installing another" if applying else ""
+        progress = (s["tokens"], s["version"], s.get("received"), applying)
+        return Reading(progress, doing, s["pid"], self._install_s if applying else 0.0)
 
     async def _ask_verifier(self, name: str, deadline_s: float) -> Reading:
         s = await self.judges.stats(name, deadline_s)
@@ -258,7 +270,7 @@ class Watchdog:
         elif work is not None:
             limit_s = self.silence_s - self._tick_s
             silent, still = max(pulse.answered, work.since), max(pulse.moved, work.since)
-            is_still = now - still >= max(limit_s, pulse.actor.patience_s) and pulse.unmoved > 1
+            is_still = now - still >= max(limit_s, pulse.patience_s) and pulse.unmoved > 1
             if now - silent >= limit_s and state != "frozen":
                 pulse.incident = self._name(pulse, "frozen", silent, now)
             elif is_still and not state and not self._silent(pulse.actor.team, now):
@@ -289,7 +301,7 @@ class Watchdog:
         is_idle = not work and not self.ledger.untrained and self.sampler.drained
         limit_s = self.silence_s * OWN_WORK if self._own_work else self.silence_s
         limit_s += self._beat_s if work else -self._tick_s  # an actor with work is named first, if it is to blame
-        patience = [p.actor.patience_s for p in self._pulses.values() if p.actor.name in work]
+        patience = [p.patience_s for p in self._pulses.values() if p.actor.name in work]
         is_still = not is_idle and now - since >= max([limit_s, *patience])
         if self._blocked is not None:
             if not is_still:

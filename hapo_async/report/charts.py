@@ -21,9 +21,9 @@ _POINTS = 240  # more points than that are averaged: the drawing is that wide
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. ``band``: half-widths drawn around it; that of a share ends at 0 and 1. ``points``: marks, for values that are measured now and then.
-    ``smooth``: draws the running mean in full and the raw values faintly. ``dots``: no line, for values
-    that jump."""
+    """One curve. ``band``: half-widths drawn around it; that of a share ends at 0 and 1. ``points``: marks, for values that
+    are measured now and then. ``smooth``: draws the running mean in full and the raw values faintly. ``dots``: no line, for
+    values that jump."""
 
     label: str
     steps: Sequence[float]

@@ -12,141 +12,28 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import actors  # noqa: F401 (keeps a Ray of our own on loopback, when it comes before the first import of ray)
-from actors.transports import Offer
 from hapo_async import lora, weights
-from hapo_async.config import parse
-from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Segment, Source, Version, VersionSpan
-
-DEADLINE_S = 60
-LONGEST = 300
-
-
-def random_model(chain_model: str, seed: int):
-    config = AutoModelForCausalLM.from_pretrained(chain_model).config
-    config.initializer_range = 0.1
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def generators(ray_session, chain_model, tmp_path_factory):
-    """Both generators, starting at the same time: {engine: (actor, reference to what ready() says)}."""
-    pytest.importorskip("vllm")
-    from actors.generator import GeneratorActor
-
-    folder = tmp_path_factory.mktemp("model")
-    random_model(chain_model, 0).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(chain_model).save_pretrained(folder)
-    started = {}
-    for engine in ("vllm", "transformers"):
-        config = parse(
-            {
-                "generator": {"engine": engine},
-                "sampling": {"max_tokens": LONGEST},
-                "data": {"max_prompt_tokens": 100},
-                "learner": {"lora": {"rank": 4, "alpha": 6.0}},
-            }
-        )
-        arguments = (f"generator-{engine}", str(folder), config.model_dump(mode="json"), {"device": "cpu"})
-        actor = ray_session.remote(GeneratorActor).options(num_cpus=1, max_concurrency=1000).remote(*arguments)
-        started[engine] = (actor, actor.ready.remote())
-    yield started
-    for actor, _ in started.values():
-        ray_session.kill(actor)
+from hapo_async.types import Answer, GroupKey, GroupRequest, Segment, Source, Version, VersionSpan
+from tests.actors.serving import (
+    LONGEST,
+    collect,
+    errors,
+    get,
+    install,
+    logp,
+    offer,
+    random_model,
+    requests,
+    stats,
+    stream,
+    wait_for_tokens,
+)
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
-def served(request, generators, ray_session, chain_model):
-    """A started generator: engine, actor, ray, and ``models``, which holds the weights of each version installed."""
-    actor, ready = generators[request.param]
-    return SimpleNamespace(
-        engine=request.param,
-        actor=actor,
-        ray=ray_session,
-        pid=ray_session.get(ready, timeout=150)["pid"],
-        models={Version(0, 0): random_model(chain_model, 0)},
-        chain=chain_model,
-    )
-
-
-def get(served, ref):
-    return served.ray.get(ref, timeout=DEADLINE_S)
-
-
-def requests(name: str, groups: int, prefixes: tuple[Answer, ...] = (), **sampling) -> list[GroupRequest]:
-    rng = np.random.default_rng(len(name))
-    return [
-        GroupRequest(
-            GroupKey(0, f"{name}-{i}", 0),
-            rng.integers(2, 100, 5 + 3 * i).astype(np.int32),
-            Sampling(**{"n": 4, "max_tokens": LONGEST - 100, **sampling}),
-            prefixes,
-        )
-        for i in range(groups)
-    ]
-
-
-def collect(served, asked: list[GroupRequest]) -> list[Group]:
-    refs = [served.actor.collect.remote(r.key) for r in asked]
-    headers, groups = get(served, [h for h, _ in refs]), get(served, [g for _, g in refs])
-    for header, group in zip(headers, groups, strict=True):
-        assert header.key == group.key
-        assert header.lengths == tuple(a.length for a in group.answers)
-        assert header.finish_reasons == tuple(a.finish_reason for a in group.answers)
-    return groups
-
-
-def stream(model, version: Version) -> tuple[weights.Manifest, list[np.ndarray]]:
-    pieces = list(weights.pack(model.named_parameters(), 100_000))
-    assert len(pieces) > 2
-    return weights.Manifest(version, tuple(b for b, _ in pieces)), [d for _, d in pieces]
-
-
-def offer(served, manifest: weights.Manifest, data: list[np.ndarray]) -> Offer:
-    refs = [served.ray.put(d) for d in data]
-    return Offer("ray", manifest.version, manifest.kind, None, manifest, {"refs": refs})
-
-
-def install(served, step: int) -> dict:
-    model = random_model(served.chain, step)
-    manifest, data = stream(model, Version(1, step))
-    report = get(served, served.actor.install.remote(offer(served, manifest, data)))
-    served.models[manifest.version] = model
-    return report
-
-
-def stats(served) -> dict:
-    return get(served, served.actor.stats.remote())
-
-
-def wait_for_tokens(served, more: int = 1) -> None:
-    """Until some answers moved on."""
-    goal, end = stats(served)["tokens"] + more, time.monotonic() + DEADLINE_S
-    while stats(served)["tokens"] < goal:
-        assert time.monotonic() < end
-
-
-@torch.no_grad()
-def logp(model, prompt: np.ndarray, answer: Answer) -> np.ndarray:
-    """float64 [T]: log-probs of one answer, from one plain forward without a cache."""
-    ids = torch.from_numpy(np.concatenate([prompt, answer.tokens]).astype(np.int64))[None]
-    logp = torch.log_softmax(model(ids).logits[0].double(), -1)
-    return logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
-
-
-def errors(served, groups: list[Group]) -> float:
-    """Largest error of a recorded log-prob against the model of that token's version."""
-    worst = 0.0
-    for group in groups:
-        for answer in group.answers:
-            for span in answer.spans:
-                cut = slice(span.start, span.end)
-                expected = logp(served.models[span.version], group.prompt_tokens, answer)[cut]
-                worst = max(worst, np.abs(expected - answer.logp_behave[cut]).max())
-    return worst
+def served(request, generators):
+    return generators.served(request.param)
 
 
 # ---------------------------------------------------------------- weights
@@ -241,7 +128,7 @@ def test_an_adapter_is_merged_into_the_weights_of_the_start(served):
     get(served, served.actor.submit.remote(asked))
     wait_for_tokens(served)
     get(served, served.actor.install.remote(sent[0]))
-    with pytest.raises(served.ray.exceptions.RayTaskError, match="its adapter is missing|half an adapter"):
+    with pytest.raises(served.ray.exceptions.RayTaskError, match=r"its adapter is missing|half an adapter"):
         get(served, served.actor.install.remote(offer(served, half, [d for _, d in pieces[:-1]])))
     report = get(served, served.actor.install.remote(sent[1]))
     assert report["bytes"] == sum(len(d) for _, d in pieces) == 34816
@@ -418,10 +305,3 @@ def test_nothing_listens_on_a_wildcard_address(served):
     assert (len(family) > 1) == (served.engine == "vllm")
     listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert listening and not {"0.0.0.0", "::", "*"} & set(listening)
-
-
-def test_a_killed_generator_leaves_no_process(served):
-    family = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
-    served.ray.kill(served.actor)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []

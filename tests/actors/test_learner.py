@@ -28,6 +28,8 @@ from hapo_async.types import Version
 from hapo_async.weights import Intake
 from tests import reference_loop, samples_learn
 
+pytest_plugins = ["tests.learner_fixtures"]
+
 STEPS, SAVED = 5, 3
 PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
 
@@ -120,11 +122,6 @@ class Run:
     saved: dict[str, torch.Tensor]  # weights after SAVED steps
     weights: dict[str, torch.Tensor]
     folder: Path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

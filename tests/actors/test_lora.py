@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors import placement, zero_files
 from actors.learner import LearnerGroup, LearnerRank
+from actors.reference import FrozenReference
 from hapo_async import lora
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.learner import learn
@@ -62,12 +63,18 @@ def steps():
     return [samples_learn.tasks(8, 4, seed=step) for step in range(STEPS)]
 
 
-def _config(model: str, ranks: int, **more):
-    """One rank of ZeRO-2 trains HAPO; two of ZeRO-3 train PPO with its critic and recompute activations."""
-    if ranks == 1:
-        return samples_learn.config(model, "hapo", zero_stage=2, lora=TABLE, **more)
-    zero = {"stage3_param_persistence_threshold": 0}
-    return samples_learn.config(model, "ppo", zero, ranks=2, gradient_checkpointing=True, lora=TABLE, **more)
+@pytest.fixture(scope="module")
+def config(model):
+    """Two ranks of ZeRO-3 that train APO with a critic and a reference, and recompute activations."""
+    return samples_learn.config(
+        model,
+        "apo",
+        {"stage3_param_persistence_threshold": 0},
+        options={"critic": True},
+        ranks=2,
+        gradient_checkpointing=True,
+        lora=TABLE,
+    )
 
 
 async def _start(config, model: str, rank_class=LearnerRank) -> LearnerGroup:
@@ -104,10 +111,10 @@ def _flat(tensors) -> torch.Tensor:
     return torch.cat([tensors[name].reshape(-1).double() for name in sorted(tensors)])
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def run(request, ray_session, model, steps, tmp_path_factory):
+@pytest.fixture(scope="module")
+def run(ray_session, config, model, steps, tmp_path_factory):
     """A learner that trained all steps, saved on the way."""
-    config, folder = _config(model, request.param), tmp_path_factory.mktemp("checkpoint")
+    folder = tmp_path_factory.mktemp("checkpoint")
     learner = asyncio.run(_start(config, model, SpyRank))
     measured = _train(ray_session, learner, config, steps, 0, SAVED)
     asyncio.run(learner.save(folder))
@@ -117,7 +124,6 @@ def run(request, ray_session, model, steps, tmp_path_factory):
     seen = ray_session.get([rank.gradients.remote() for rank in learner.ranks])
     yield SimpleNamespace(
         learner=learner,
-        config=config,
         folder=folder,
         measured=measured,
         gradients=seen,
@@ -130,7 +136,8 @@ def run(request, ray_session, model, steps, tmp_path_factory):
 
 def _alone(config, model: str, steps):
     """(gradients of each update, the policy afterwards, metrics) of one plain process that trains the same adapters."""
-    policy = load_policy(model, config, dtype=torch.float32, device="cpu", with_value=config.algorithm == "ppo")
+    needs = learn.needs_of(config)
+    policy = load_policy(model, config, dtype=torch.float32, device="cpu", with_value="value" in needs)
     lora.attach(policy.model, Lora.of(config), config.seed)
     backend, seen = TorchBackend(policy, config), []
     update = backend.update
@@ -140,17 +147,20 @@ def _alone(config, model: str, steps):
         return update(max_norm)
 
     backend.update = spy
-    return seen, policy, samples_learn.train_alone(learn.Learner(backend, config), steps)
+    reference = None
+    if "reference" in needs:
+        reference = FrozenReference(model, config, dtype=torch.float32, device="cpu", engine_config=None)
+    return seen, policy, samples_learn.train_alone(learn.Learner(backend, config, reference), steps)
 
 
-def test_training_equals_one_plain_process(run, model, steps):
-    config = run.config.model_copy(update={"learner": run.config.learner.model_copy(update={"ranks": 1})})
-    expected, policy, measured = _alone(config, model, steps)
-    critic = {"value_head.weight", "value_head.bias"} if config.algorithm == "ppo" else set()
+def test_training_equals_one_plain_process(run, config, model, steps):
+    whole = config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": 1})})
+    expected, policy, measured = _alone(whole, model, steps)
+    critic = {"value_head.weight", "value_head.bias"}
     for seen in run.gradients:
         assert len(seen) == len(expected) == 2 * STEPS
         for mine, theirs in zip(seen, expected, strict=True):
-            assert mine.keys() == theirs.keys() and len(mine) == 28 + len(critic) and critic <= mine.keys()
+            assert mine.keys() == theirs.keys() and len(mine) == 28 + 2 and critic <= mine.keys()
             assert _flat(theirs).norm() > 0.01, "a vanishing gradient would compare as equal"
             assert float((_flat(mine) - _flat(theirs)).norm() / _flat(theirs).norm()) < 2e-6
     trained = {name: p.detach() for name, p in lora.streamed(policy.model.named_parameters())}
@@ -184,35 +194,30 @@ def test_the_saved_model_is_base_plus_adapter(run, model):
     torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_two_new_ranks_resume(run, ray_session, model, steps):
-    """To the bit; the state holds what is trained and none of the frozen weights."""
-    if len(run.learner.ranks) == 1:
-        files = list((run.folder / "state" / "zero").glob("*model_states.pt"))
-        written = sum(f.stat().st_size for f in files)
-        assert written < 0.25 * (run.folder / "model" / "model.safetensors").stat().st_size
-        return
-    learner = asyncio.run(_start(run.config, model))
-    try:
-        asyncio.run(learner.load(run.folder))
-        _, sent = asyncio.run(_published(learner, Version(1, SAVED)))
-        assert all(torch.equal(sent[name], tensor) for name, tensor in run.sent.items())
-        _train(ray_session, learner, run.config, steps, SAVED, STEPS)
-        _, sent = asyncio.run(_published(learner, Version(1, STEPS)))
-        assert all(torch.equal(sent[name], tensor) for name, tensor in run.last.items())
-        with pytest.raises(ConfigError, match=r"learner.lora cannot change"):
-            changed = run.config.learner.model_copy(update={"lora": {}})
-            asyncio.run(learner.configure(run.config.model_copy(update={"learner": changed})))
-    finally:
-        asyncio.run(learner.close())
+def test_a_saved_state_goes_on_to_the_bit_and_holds_no_frozen_weights(run, ray_session, config, steps):
+    files = list((run.folder / "state" / "zero").glob("*.pt"))
+    trained = sum(t.nbytes for t in run.sent.values()) + 4 * 65
+    assert len(files) == 4 and sum(f.stat().st_size for f in files) < 3 * trained + 4 * 60_000
+    asyncio.run(run.learner.load(run.folder))
+    _, sent = asyncio.run(_published(run.learner, Version(1, SAVED)))
+    assert all(torch.equal(sent[name], tensor) for name, tensor in run.sent.items())
+    _train(ray_session, run.learner, config, steps, SAVED, STEPS)
+    _, sent = asyncio.run(_published(run.learner, Version(1, STEPS)))
+    assert all(torch.equal(sent[name], tensor) for name, tensor in run.last.items())
+
+
+def test_another_adapter_needs_another_learner(run, config):
+    changed = config.learner.model_copy(update={"lora": {}})
+    with pytest.raises(ConfigError, match=r"learner.lora cannot change"):
+        asyncio.run(run.learner.configure(config.model_copy(update={"learner": changed})))
 
 
 @pytest.mark.parametrize("table", [{}, {**TABLE, "rank": 8}, {**TABLE, "alpha": 4.0}, {**TABLE, "targets": ["q_proj"]}])
-def test_a_state_of_another_adapter_is_refused(run, model, table):
-    config = samples_learn.config(model, run.config.algorithm, lora=table)
-    settings = Lora.of(config)
+def test_a_state_of_another_adapter_is_refused(run, config, model, table):
+    settings = Lora.of(samples_learn.config(model, lora=table))
     other = SimpleNamespace(
-        stage=run.config.learner.zero_stage,
-        policy=SimpleNamespace(value_head=object() if run.config.algorithm == "ppo" else None),
+        stage=config.learner.zero_stage,
+        policy=SimpleNamespace(value_head=object()),
         lora=settings,
         targets=lora.resolve(settings, lora.skeleton(model)) if settings else (),
     )

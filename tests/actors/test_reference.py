@@ -12,25 +12,7 @@ from hapo_async.learner import tally
 from hapo_async.types import Source, Version
 from tests import learners, samples_learn
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return samples_learn.random_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def many_tasks():
-    return learners.many_tasks()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return learners.other_reference(tmp_path_factory.mktemp("reference"))
-
-
-@pytest.fixture(scope="module")
-def steps():
-    return [samples_learn.tasks(8, 4, seed=step) for step in range(5)]
+pytest_plugins = ["tests.learner_fixtures"]
 
 
 def test_the_reference_hands_over_what_anchored_tokens_need_and_nothing_else(model, reference, many_tasks):

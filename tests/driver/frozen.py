@@ -55,13 +55,14 @@ class Generator(StandInGenerator):
         self.latency_s = latency_s
         self.process = Freezer()
         self.received = 0
+        self.applying = False
 
     def _call(self, work: Any) -> asyncio.Task[Any]:
         return super()._call(self.process.held(work))
 
     async def _stats(self) -> dict[str, Any]:
         moved = self.process.moved(works=bool(self._slots))
-        return {**await super()._stats(), "tokens": moved, "received": self.received}
+        return {**await super()._stats(), "tokens": moved, "received": self.received, "applying": self.applying}
 
 
 class Verifier:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from actors.calls import CallFailed
+from actors.transports import Offer
 from hapo_async import config
 from hapo_async.driver import fleet as fleets
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.errors import RunError
 from hapo_async.types import GroupKey, GroupRequest, Sampling, Version
-from actors.transports import Offer
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInJudges, raised
 
 FIRST, SECOND, THIRD = Version(1, 0), Version(1, 1), Version(1, 2)

@@ -7,15 +7,18 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.calls import CallFailed
+from actors.generator import GeneratorActor
+from actors.transports import Offer
 from hapo_async import metrics
 from hapo_async.driver import fleet as fleets
 from hapo_async.types import GroupRequest, Sampling, Version
-from actors.transports import Offer
+from hapo_async.weights import Manifest, TransferError
 from tests.driver.frozen import SILENCE_S, Freezer, Scene
 from tests.virtual_time import Clock
 
@@ -208,18 +211,18 @@ def test_nobody_without_work_is_named_though_it_is_frozen(clock, tmp_path):
     quiet(clock, tmp_path, play)
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_an_install_that_takes_long_is_work_while_buckets_arrive(clock, tmp_path, moves):
+@pytest.mark.parametrize("moves", ["buckets", "the engine", None])
+def test_an_install_that_takes_long_is_work_while_buckets_arrive_or_the_engine_copies_them(clock, tmp_path, moves):
     async def scenario():
         scene = Scene(tmp_path, generators=1)
         generator, fleet = scene.generators[0], scene.loop.fleet
-        generator.install_s = 200.0
+        generator.install_s, generator.applying = 200.0, moves == "the engine"
         watching = asyncio.create_task(scene.watchdog.run())
         fleet.weights.publish(Offer("ray", Version(1, 0)))
         waiting = asyncio.create_task(fleet.wait_installed(Version(1, 0), 1000.0))
         while not waiting.done():
             await asyncio.sleep(5.0)
-            generator.received += moves
+            generator.received += moves == "buckets"
         await asyncio.sleep(12.0)
         watching.cancel()
         return scene
@@ -227,6 +230,55 @@ def test_an_install_that_takes_long_is_work_while_buckets_arrive(clock, tmp_path
     scene = clock.run(scenario())
     assert scene.alarms == ([] if moves else [("generator-0", "stalled")])
     assert len(scene.said) == (0 if moves else 2)
+
+
+def test_a_generator_says_while_its_engine_copies_weights_in():
+    class Installing(GeneratorActor):
+        """One whose version has arrived, and whose engine takes its time."""
+
+        def __init__(self) -> None:
+            self.name, self._received, self._applying, self._arrivals = "g", 3, 0, {}
+            self.done, self._installing = asyncio.Event(), asyncio.Lock()
+            self._engine: Any = SimpleNamespace(version=Version(1, 0), stats=lambda: {"tokens": 5}, install=self._copy)
+
+        async def _receiving(self, offer: Offer) -> Any:
+            return SimpleNamespace(
+                manifest=Manifest(offer.version, ()), tensors=[], seconds=0.1, pause_s=None, in_workers=False
+            )
+
+        async def _copy(self, manifest: Manifest, tensors: list[Any]) -> float:
+            await self.done.wait()
+            raise TransferError("too late")
+
+    async def scenario() -> list[bool]:
+        actor, seen = Installing(), []
+        seen.append((await actor.stats())["applying"])
+        installing = asyncio.create_task(actor.install(Offer("ray", Version(1, 1))))
+        await asyncio.sleep(0.01)
+        seen.append((await actor.stats())["applying"])
+        actor.done.set()
+        with pytest.raises(TransferError):
+            await installing
+        return [*seen, (await actor.stats())["applying"]]
+
+    assert asyncio.run(scenario()) == [False, True, False]
+
+
+def test_an_install_that_outlives_its_deadline_is_named(clock, tmp_path):
+    """The call has failed by then; an engine that says that it still copies has no excuse."""
+
+    async def scenario():
+        scene = Scene(tmp_path, generators=1, weights={"deadline_s": 60.0})
+        generator = scene.generators[0]
+        async with scene.running():
+            await asyncio.sleep(20.0)
+            generator.latency_s, generator.process.stuck, generator.applying = 1e6, True, True
+            await asyncio.sleep(60.0)
+            assert not scene.alarms, "30 s are too short for this"
+            await asyncio.sleep(60.0)
+        return scene
+
+    assert clock.run(scenario()).alarms == [("generator-0", "stalled")]
 
 
 def idle(scene: Scene) -> Callable[[], None]:
