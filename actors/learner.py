@@ -173,7 +173,8 @@ class LearnerRank:
     def publish(self, version: Version, transport: str) -> Published | None:
         """Walks the weights; rank 0 sends them."""
         sender = self._sender(transport) if self.rank == 0 else None
-        return weights.publish(self.backend.streamed, version, self.config.weights.bucket_bytes, sender, self._kind)
+        sent = weights.AdapterView(self.backend) if self.config.learner.lora else self.backend
+        return weights.publish(sent, version, self.config.weights.bucket_bytes, sender, self._kind)
 
     @property
     def _kind(self) -> str:

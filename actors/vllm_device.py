@@ -95,7 +95,7 @@ class Arrivals:
         self._receivers: dict[tuple[str, str], Any] = {}
         self._thread: threading.Thread | None = None
         self._staged: tuple[Version, Tensors] | None = None
-        self._manifest: Manifest | None = None
+        self._manifest: bytes | None = None
         self._error = ""
 
     def begin(self, request: Mapping[str, Any]) -> None:
@@ -108,10 +108,7 @@ class Arrivals:
 
     def state(self) -> dict[str, Any]:
         """manifest: of the version that arrived whole, encoded. error: why it did not."""
-        from actors.transports import wire
-
-        raw = wire.encode_manifest(self._manifest) if self._manifest is not None else None
-        return {"manifest": raw, "error": self._error}
+        return {"manifest": self._manifest, "error": self._error}
 
     def cancel(self) -> None:
         """Gives up what is under way; it ends soon, and is waited for."""
@@ -140,18 +137,19 @@ class Arrivals:
         intake = Intake(Version.parse(request["version"]), request["kind"], write=write)
         manifest = self._receive(request, intake)
         intake.commit(manifest)
-        self._manifest = manifest
+        self._manifest = _encoded(manifest)
 
     def close(self) -> None:
         for receiver in self._receivers.values():
             receiver.close()
 
     def _stage(self, request: Mapping[str, Any]) -> None:
+        """In a thread, imports included: the process goes on sampling."""
         try:
             intake = Intake(Version.parse(request["version"]), request["kind"])
             manifest = self._receive(request, intake)
             self._staged = manifest.version, intake.commit(manifest)
-            self._manifest = manifest
+            self._manifest = _encoded(manifest)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"[:1000]
 
@@ -180,3 +178,9 @@ class Arrivals:
             else:
                 self._receivers[transport, key] = CollectiveReceiver.part(key, self._rank, transport, str(self._device))
         return self._receivers[transport, key]
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    from actors.transports import wire
+
+    return wire.encode_manifest(manifest)

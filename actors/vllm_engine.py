@@ -60,8 +60,10 @@ def _build(config: Config, model_path: str, tokenizer: Any, device: str, name: s
     except OSError:
         generation = None
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**all_args(config, model_path, device, name)))
-    recompute = config.generator.kv_cache == "recompute"
-    return VllmEngine(llm, skeleton, stop_ids(tokenizer, model_config, generation), recompute, _processes(llm))
+    size = model_config.get_text_config().vocab_size
+    # A tokenizer may name one that the model cannot sample; vLLM would refuse it.
+    stop = [token for token in stop_ids(tokenizer, model_config, generation) if token < size]
+    return VllmEngine(llm, skeleton, stop, config.generator.kv_cache == "recompute", _processes(llm))
 
 
 def _processes(llm: Any) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from actors.transports import Published, Sender
+from hapo_async import lora
 from hapo_async.types import Version
 from hapo_async.weights import Bucket, Data, Manifest, TransferError, pack
 
@@ -26,6 +27,16 @@ class Gatherer(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
     def gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[None]: ...
+
+
+class AdapterView:
+    """The LoRA adapter of a backend without its frozen weights, under the names that peft saves it by."""
+
+    def __init__(self, backend: Gatherer) -> None:
+        self._backend, self.rank, self.gathered = backend, backend.rank, backend.gathered
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return lora.streamed(self._backend.named_parameters())
 
 
 Sink = Callable[[Bucket, Data], None]

@@ -276,16 +276,33 @@ class ZeroBackend:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def sleep(self) -> None:
-        """Moves weights, gradients and optimizer state to the host, for others to use the GPU. On a CPU, and where
-        DeepSpeed cannot move them (ZeRO below 3, or states that live on the host anyway), everything stays."""
-        if self._can_move:
+        """Moves weights, gradients and optimizer state to the host, for others to use the GPU; with LoRA the frozen weights,
+        which are nearly all. On a CPU, and where DeepSpeed cannot move them (ZeRO below 3, or states that live on the
+        host anyway), everything stays."""
+        if self.lora and self.device.type == "cuda":
+            self._move_frozen(torch.device("cpu"))
+            torch.cuda.empty_cache()
+        elif self._can_move:
             self.engine.offload_states()
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Takes back what ``sleep`` moved."""
-        if self._can_move:
+        if self.lora and self.device.type == "cuda":
+            self._move_frozen(self.device)
+        elif self._can_move:
             self.engine.reload_states()
+
+    def _move_frozen(self, device: torch.device) -> None:
+        """DeepSpeed's own way takes all parameters for trained ones. What ``offload_param`` keeps on the host stays there."""
+        if self.engine.config.get("zero_optimization", {}).get("offload_param"):
+            return
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
+        for parameter in self.policy.parameters():
+            if not parameter.requires_grad:
+                held: torch.Tensor = getattr(parameter, "ds_tensor", parameter)  # a rank's own part
+                held.data = held.data.to(device)
 
     @property
     def _can_move(self) -> bool:
@@ -297,11 +314,6 @@ class ZeroBackend:
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Hugging Face names, tied weights once. With LoRA: peft's names, the frozen weights among them."""
         return self.policy.model.named_parameters()
-
-    @property
-    def streamed(self) -> ZeroBackend | AdapterView:
-        """What generators are sent the parameters of (an ``actors.weights.Gatherer``)."""
-        return AdapterView(self) if self.lora else self
 
     @contextlib.contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
@@ -328,17 +340,6 @@ class ZeroBackend:
         self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
-
-
-class AdapterView:
-    """A backend's adapter without the frozen weights, under the names that peft saves it by."""
-
-    def __init__(self, backend: ZeroBackend) -> None:
-        self.backend, self.rank = backend, backend.rank
-        self.gathered = backend.gathered
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return lora.streamed(self.backend.named_parameters())
 
 
 class _NormBound:

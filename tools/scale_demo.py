@@ -78,11 +78,13 @@ class Throttle(threading.Thread):
             self._stopped.discard(process)
 
     def close(self) -> None:
+        """Lets all of them go."""
         self._over.set()
         self.join()
         for process in self._stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+        self._stopped.clear()
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--phase-s", type=float, default=90.0, help="Seconds of each measured phase.")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the run does not outlive this command
     told = given.folder / "demo.json"
     if not told.exists():
         play(given.folder, given.phase_s)
@@ -130,10 +133,11 @@ def play(folder: Path, phase_s: float) -> None:
             phases.append(
                 {"generators": count, "from": began, "to": time.time(), "said": lines, "cores": throttle.shares()}
             )
-        process.send_signal(signal.SIGTERM)
         throttle.close()
+        process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     finally:
+        throttle.close()
         process.kill()
     (folder / "demo.json").write_text(json.dumps(phases))
 

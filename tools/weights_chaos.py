@@ -13,7 +13,9 @@ After every fault one more version is published without any. Each line of <runs>
 
 - publish_s, next_s: what the learner waited for the faulty version and for the next one; lost_s: their difference
 - others_lost: versions that generators which were well did not get before the next one left the learner
-- back_s: seconds until the generator served the newest version again (a restarted one has another pid)
+- others_s: seconds from the start of the faulty publish until the generators that are well served that version
+- back_s: seconds from the start of the faulty publish until the generator served the newest version (two versions later;
+  a restarted one has another pid)
 - looks, worst: how often generators were asked what they serve meanwhile, and the largest difference from the learner's
   log-probs of that version
 - problems: what must not be; empty when all is well
@@ -28,6 +30,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import random
 import statistics
 import sys
@@ -53,6 +56,7 @@ from actors import placement
 from hapo_async.driver import restarts, starter
 from hapo_async.driver.generators import Generator
 from hapo_async.errors import RunError
+from hapo_async.types import Version
 
 TRANSPORTS = ("ray", "zmq", "gloo")
 DEADLINE_S = 5.0
@@ -189,11 +193,13 @@ async def _one(rig: Rig, case: Case) -> dict[str, Any]:
     others = [g for g in rig.fleet.generators if g is not victim]
     pids = await _pids(victim)
     target = rig.learner.ranks[0] if case.at == "learner" else victim.actor
-    looks = rig.looked
-    rig.worst = 0.0
+    looks, rig.worst = rig.looked, 0.0
+    served_at: dict[tuple[str, Version], float] = {}
+    rig.fleet.weights.on_installed.append(lambda g, v: served_at.setdefault((g.name, v), time.monotonic()))
     async with Said() as said, Watch(rig) as watch:
         version = await rig.step()
         await target.arm.remote(case.fault)
+        began = time.monotonic()
         publish_s = await _publish(rig)
         lost = max(int(g.installed != version) for g in others)
         signalled = case.fault.what not in DAMAGE
@@ -203,7 +209,8 @@ async def _one(rig: Rig, case: Case) -> dict[str, Any]:
         newest = await rig.step()
         next_s = await _publish(rig)
         behind = [g.name for g in others if g.installed != newest]
-        back_s = await _back(rig, victim, newest)
+        back_s = await _back(rig, victim, newest, began)
+        rig.fleet.weights.on_installed.pop()
     row = {
         "engine": case.engine,
         "staging": case.staging,
@@ -214,6 +221,7 @@ async def _one(rig: Rig, case: Case) -> dict[str, Any]:
         "publish_s": round(publish_s, 3),
         "next_s": round(next_s, 3),
         "lost_s": round(publish_s - next_s, 3),
+        "others_s": round(max(served_at.get((g.name, version), math.inf) for g in others) - began, 3),
         "others_lost": lost if case.at == "generator" else None,
         "victim_got_it": served == version,
         "back_s": back_s if back_s is None else round(back_s, 3),
@@ -248,15 +256,15 @@ def _problems(row: dict[str, Any], case: Case, behind: Sequence[str], left: Sequ
     return out
 
 
-async def _back(rig: Rig, victim: Generator, newest: Any) -> float | None:
-    """Seconds until it serves the newest version, as training would make that possible; None: never."""
-    began = time.monotonic()
-    while time.monotonic() - began < BACK_S:
+async def _back(rig: Rig, victim: Generator, newest: Version, since: float) -> float | None:
+    """Seconds since ``since`` until it serves the newest version, as training would make that possible; None: never."""
+    until = time.monotonic() + BACK_S
+    while time.monotonic() < until:
         now = rig.member(victim.name)
         if now is not None and now.serves and now.installed == newest:
             with contextlib.suppress(Exception):
                 if (await rig.error_of(now))[1] < weight_rig.EXACT:
-                    return time.monotonic() - began
+                    return time.monotonic() - since
         with contextlib.suppress(RunError):
             await rig.trainer.everywhere()
         await asyncio.sleep(0.1)
@@ -317,6 +325,7 @@ def summary(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "fault": fault,
                 "times": len(mine),
                 "lost_s_max": max(row["lost_s"] for row in mine),
+                "others_s_max": max(row["others_s"] for row in mine),
                 "others_lost_max": max((row["others_lost"] or 0 for row in mine), default=0),
                 "back_s_median": round(statistics.median(back), 2) if back else None,
                 "back_s_max": max(back, default=None),

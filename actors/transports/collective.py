@@ -366,4 +366,5 @@ def _left(deadline: float) -> float:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return first.partition(" This is typically caused by")[0][:300]  # gloo's advice

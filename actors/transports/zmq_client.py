@@ -113,7 +113,7 @@ class Link:
         try:
             self._socket.send(zmq_wire.encode(op, **fields), zmq.NOBLOCK)
         except zmq.Again as error:
-            raise TransferError(_TROUBLE[zmq.EVENT_DISCONNECTED]) from error
+            raise TransferError(self._trouble()) from error
 
     def hear(self) -> zmq_wire.Message:
         """The next answer; that of a chunk is followed by ``read``. Raises TransferError: cancelled, too late, refused, lost."""
@@ -122,14 +122,18 @@ class Link:
             if self._socket in ready:
                 break
             if self._monitor in ready:
-                event = recv_monitor_message(self._monitor)["event"]
-                raise TransferError(_TROUBLE[event])
+                raise TransferError(self._trouble())
         message = zmq_wire.decode(self._socket.recv(zmq.NOBLOCK), zmq_wire.REPLIES)
         if message["op"] == "refused":
             raise TransferError(f"the learner refuses: {message['why']}")
         if self._socket.getsockopt(zmq.RCVMORE) != (message["op"] == "chunk"):
             raise TransferError(f"{message['op']} came with the wrong number of frames")
         return message
+
+    def _trouble(self) -> str:
+        """What became of the connection."""
+        known = self._monitor.poll(int(1000 * STEP_S))
+        return _TROUBLE[recv_monitor_message(self._monitor)["event"] if known else zmq.EVENT_DISCONNECTED]
 
     def read(self, into: memoryview) -> None:
         """The frame of a chunk, straight into its place."""

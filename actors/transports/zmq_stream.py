@@ -43,7 +43,7 @@ class ZmqSender:
     def announce(self, version: Version, kind: str, members: Sequence[Member]) -> Offer | None:
         server = self._server
         transfer = server.call(lambda: server.announce(version, kind, members), self._deadline_s)
-        return self._offer(transfer, tuple(m.name for m in members), None)
+        return self._offer(transfer, None)
 
     def admit(self, members: Sequence[Member]) -> None:
         self._server.call(lambda: self._server.admit(members), self._deadline_s)
@@ -59,7 +59,7 @@ class ZmqSender:
     def commit(self, manifest: Manifest) -> Offer:
         raw = wire.encode_manifest(manifest)
         transfer = self._server.call(lambda: self._server.commit(manifest, raw), self._deadline_s)
-        return self._offer(transfer, None, manifest)
+        return self._offer(transfer, manifest)
 
     def abort(self, why: str) -> None:
         self._server.call(lambda: self._server.fail(why), self._deadline_s)
@@ -71,10 +71,11 @@ class ZmqSender:
     def close(self) -> None:
         self._server.close()
 
-    def _offer(self, transfer: Transfer, members: tuple[str, ...] | None, manifest: Manifest | None) -> Offer:
+    def _offer(self, transfer: Transfer, manifest: Manifest | None) -> Offer:
+        """For anybody: whom the learner does not know has no key to fetch it with."""
         server_key = self._server.public_key.decode()
         detail = {"door": self._server.door, "server_key": server_key, "token": transfer.token}
-        return Offer("zmq", transfer.version, transfer.kind, members, manifest, detail)
+        return Offer("zmq", transfer.version, transfer.kind, None, manifest, detail)
 
 
 class ZmqReceiver:

@@ -58,6 +58,7 @@ class Distribution:
         self._ask, self._serving, self._fail, self._moved = ask, serving, fail, moved
         self._deadline_s = config.weights.deadline_s + GRACE_S
         self._offers: list[Offer] = []  # of the newest version
+        self._invited: set[str] = set()  # names of those that the learner knows
         self._missed: set[tuple[str, str, Version]] = set()  # (generator, transport, version) that failed in lockstep
         self._spoilt: list[tuple[Generator, Offer]] = []  # of the newest version, and too often tried in vain
         self._fetching: dict[str, asyncio.Task[None]] = {}  # the newest of each generator
@@ -127,8 +128,18 @@ class Distribution:
         """Takes a generator in that has started since the newest version left: it installs that one first. Raises RunError."""
         for offer in self._offers:  # in lockstep, with a dead one of its name
             self._miss(generator, offer)
-        await self.admit([Member(generator.name, generator.key)])
+        self._invited.discard(generator.name)
+        await self._invite(generator)
         self.start(generator)
+
+    def invited(self, members: Sequence[Member]) -> None:
+        """The learner has announced a version to these, and to nobody else."""
+        self._invited = {m.name for m in members}
+
+    async def _invite(self, generator: Generator) -> None:
+        if generator.name not in self._invited:  # it was lent, or was not there
+            await self.admit([Member(generator.name, generator.key)])
+            self._invited.add(generator.name)
 
     def start(self, generator: Generator) -> None:
         """The generator installs the newest version, if it has not."""
@@ -152,6 +163,7 @@ class Distribution:
             if offer is None:
                 self._moved()  # somebody has to publish a snapshot
                 return
+            await self._invite(generator)
             await self.install_once(generator, offer)
 
     async def install_once(self, generator: Generator, offer: Offer) -> None:

@@ -133,7 +133,9 @@ class Trainer:
         """The current version, gathered and on its way. What could not be sent to several at once is sent once more as a
         snapshot, after those that are dead or frozen were found. Raises RunError when that fails too."""
         weights = self.fleet.weights
-        announced = await self.learner.announce(self.version, self.fleet.members)
+        members = self.fleet.members
+        announced = await self.learner.announce(self.version, members)
+        weights.invited(members)
         if announced is not None:
             weights.announce(announced)
         published = await self.learner.publish(self.version)

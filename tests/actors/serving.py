@@ -23,7 +23,7 @@ from hapo_async.config import parse
 from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Version
 
 DEADLINE_S = 60
-READY_S = 240
+READY_S = 400
 LONGEST = 300
 KINDS = {"vllm": ("vllm", 1), "vllm of two ranks": ("vllm", 2), "transformers": ("transformers", 1)}
 """engine and tensor_parallel by name."""

@@ -26,9 +26,9 @@ from hapo_async.weights import Manifest, TransferError, pack
 from tests.actors import collective_member
 from tools import gpu_check
 
-DEADLINE_S = 2.0
+DEADLINE_S = 3.0
 PATIENCE_S = 20.0
-PROMPT_S = 1.5  # what is noticed "at once" on a busy machine
+PROMPT_S = 2.5  # what is noticed "at once" on a busy machine
 
 
 class Process:
@@ -292,7 +292,7 @@ def test_a_member_that_never_comes_costs_one_deadline_and_is_named(sender, crew)
     began = time.monotonic()
     with pytest.raises(TransferError, match="2 of 3 came, g2 did not"):
         sender.begin(offer.version, "full")
-    assert DEADLINE_S - 0.1 < time.monotonic() - began < DEADLINE_S + 0.5
+    assert DEADLINE_S - 0.1 < time.monotonic() - began < DEADLINE_S + 1.0
     for one in crew[:2]:
         assert "not all members came" in error_of(one)
     whole(sender, crew, 2)
@@ -319,7 +319,7 @@ def test_a_learner_that_is_gone_ends_a_receive_at_once(crew):
     sender.begin(offer.version, "full")
     began = time.monotonic()
     sender.close()
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 1.0
     error_of(crew[0])
     assert time.monotonic() - began < PROMPT_S
     crew[0].tell("receive", offer, PATIENCE_S)  # nobody listens there any more

@@ -49,6 +49,17 @@ class SpyRank(LearnerRank):
         self.backend.update = spy
         return pid
 
+    def move_away_and_back(self) -> int:
+        """How many frozen weights were elsewhere meanwhile, and are as before; another type stands for another device."""
+        named = self.backend.policy.named_parameters()
+        held = [getattr(p, "ds_tensor", p) for _, p in named if not p.requires_grad]
+        before = [t.data.clone() for t in held]
+        self.backend._move_frozen(torch.float64)
+        away = [t.data.dtype == torch.float64 for t in held]
+        self.backend._move_frozen(torch.float32)
+        assert all(torch.equal(t.data, b) for t, b in zip(held, before, strict=True))
+        return sum(away)
+
     def gradients(self) -> list[dict[str, torch.Tensor]]:
         return self.seen
 
@@ -201,6 +212,7 @@ def test_a_saved_state_goes_on_to_the_bit_and_holds_no_frozen_weights(run, ray_s
     asyncio.run(run.learner.load(run.folder))
     _, sent = asyncio.run(_published(run.learner, Version(1, SAVED)))
     assert all(torch.equal(sent[name], tensor) for name, tensor in run.sent.items())
+    assert ray_session.get([rank.move_away_and_back.remote() for rank in run.learner.ranks]) == [26, 26]
     _train(ray_session, run.learner, config, steps, SAVED, STEPS)
     _, sent = asyncio.run(_published(run.learner, Version(1, STEPS)))
     assert all(torch.equal(sent[name], tensor) for name, tensor in run.last.items())

@@ -36,6 +36,7 @@ def test_nothing_given_is_nothing_passed():
         ("logprobs_mode", "cannot be given"),
         ("enable_sleep_mode", r"Set generator\.placement instead"),
         ("trust_remote_code", "cannot be given"),
+        ("additional_config", "cannot be given"),
     ],
 )
 def test_unknown_and_owned_arguments_are_refused_with_a_hint(key: str, message: str):
@@ -51,6 +52,15 @@ def test_sleep_mode_is_asked_for_where_devices_are_shared_and_can_sleep(placemen
     config = parse({"max_staleness": 0, "generator": {"placement": placement}})
     args = vllm_args.all_args(config, str(toy.MODEL_DIR), device, "g")
     assert args["enable_sleep_mode"] is sleeps
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "executor"), [(1, "cpu", None), (2, "cpu", "mp"), (1, "cuda", None), (2, "cuda", "ray")]
+)
+def test_ranks_are_rays_workers_on_gpus_and_own_processes_on_cpus(ranks: int, device: str, executor: str | None):
+    config = parse({"generator": {"pipeline_parallel": ranks}})
+    args = vllm_args.all_args(config, str(toy.MODEL_DIR), device, "g")
+    assert args["distributed_executor_backend"] == executor and args["pipeline_parallel_size"] == ranks
 
 
 # ---------------------------------------------------------------- sleep, on a stand-in with vLLM's own signatures

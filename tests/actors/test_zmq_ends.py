@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from actors.transports import zmq_server
 from actors.transports.base import Member, Offer
@@ -25,7 +24,7 @@ from actors.transports.zmq_server import Server
 from actors.transports.zmq_shelf import Shelf
 from actors.transports.zmq_stream import ZmqReceiver, ZmqSender
 from hapo_async.types import Version
-from hapo_async.weights import Intake, Manifest, TransferError, pack
+from hapo_async.weights import Intake, TransferError
 from tests.actors.zmq_rig import HOST, eventually, fetch, members, pieces, publish, same, three_receivers, weights
 
 CHILD = """
@@ -319,21 +318,6 @@ def test_the_shelf_says_why_a_version_is_gone():
     assert shelf.find(tokens[-1]).version == Version(1, 39)
     with pytest.raises(TransferError, match="no transfer is open"):
         Shelf(lambda token: False).filling()
-
-
-def test_headers_of_many_tensors_come_in_pages(sender, crew):
-    receivers, _ = crew
-    tensors = {f"{'layer' * 100}.{i}": torch.full((1,), float(i)) for i in range(10_000)}
-    packed = list(pack(tensors.items(), 4 * 1000))
-    manifest = Manifest(Version(1, 1), tuple(bucket for bucket, _ in packed))
-    sender.announce(Version(1, 1), "full", members(receivers))
-    sender.begin(Version(1, 1), "full")
-    for bucket, data in packed:
-        sender.send(bucket, data)
-    offer = sender.commit(manifest)
-    transfer = sender._server._shelf.find(offer.detail["token"])
-    assert 0 < len(transfer.page(0)) < len(packed) == 10
-    assert same(fetch(receivers[0], offer), tensors)
 
 
 def test_the_server_dies_of_a_defect_loudly_and_not_silently(crew, monkeypatch, caplog):

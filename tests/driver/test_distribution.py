@@ -192,6 +192,38 @@ def test_one_that_is_busy_with_an_older_version_is_left_alone_where_it_can_fetch
     assert clock.run(go()) == (([], [V1]), [V0, V1], [V0, V1])
 
 
+def test_one_that_was_lent_while_a_version_was_announced_is_let_in_before_it_fetches(clock):
+    admitted = []
+
+    class Learner(StandInLearner):
+        async def announce(self, version: Version, members: list[Member]) -> Offer | None:
+            return Offer("zmq", version)
+
+        async def admit(self, members: list[Member]) -> None:
+            admitted.append([m.name for m in members])
+
+        async def publish(self, version: Version, transport: str = "") -> Published:
+            return Published(Offer("zmq", version))
+
+    async def go():
+        loop = loop_of([StandInGenerator("g0"), StandInGenerator("g1")], Learner())
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        lent = loop.fleet.generators[1]
+        await loop.fleet.detach(lent, V0, 5.0)
+        loop.trainer.version = V1
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        before = list(admitted)
+        loop.fleet.attach(lent)
+        await loop.trainer.everywhere()
+        await loop.sampler.close()
+        return before, lent.installed
+
+    assert clock.run(go()) == ([], V1)
+    assert admitted == [["g1"]]
+
+
 def test_an_install_waits_for_what_is_still_being_received(clock):
     async def go():
         actor = Member1("g0")

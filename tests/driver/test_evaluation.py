@@ -362,7 +362,9 @@ class Ending(_Run):
 
     def __init__(self, mode: str, step: int, rows: list[tuple[int, dict[str, float]]]) -> None:
         self.config = config.parse({"eval": {"every": 4, "mode": mode}, "generator": {"count": 2}, "max_staleness": 1})
-        self.trainer: Any = SimpleNamespace(version=Version(1, step), stopping=False, everywhere=self._nothing)
+        self.trainer: Any = SimpleNamespace(
+            version=Version(1, step), stopping=False, everywhere=self._nothing, attended=lambda work: work
+        )
         self.beside: Any = SimpleNamespace(drain=self._nothing, take=lambda: [rows.pop() for _ in list(rows)])
         self.fleet: Any = SimpleNamespace(wait_installed=self._nothing)
         self.evaluator: Any = SimpleNamespace(sets={"a": []}, run=self._answer)

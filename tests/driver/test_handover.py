@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import numpy as np
 import pytest
 import ray
 
-from hapo_async.driver.flights import MOVING
+from hapo_async.driver.flights import MOVING, Flight
+from hapo_async.driver.generators import Generator
+from hapo_async.driver.handover import WAIT_S, HandOver
+from hapo_async.driver.retries import Retries
+from hapo_async.ledger import Ledger
+from hapo_async.types import Answer, Group, GroupKey, Prompt, Sampling, Segment, Source, Version, VersionSpan
 from tests.driver.living import Live, check, played
 from tests.virtual_time import Clock
 
@@ -72,18 +80,61 @@ def test_a_hand_over_that_is_not_answered_costs_the_answers_and_no_prompt(clock)
     assert loop.fleet.generators[0].name == "generator-0" and len(loop.fleet.generators) == 1
 
 
-def test_nothing_is_continued_by_a_generator_that_serves_an_older_version(clock):
-    async def play(loop):
-        await loop.at_step(3)
-        lagging = loop.actors["generator-0"]
-        lagging.install_s = 1e6
-        await loop.until(lambda: not loop.member("generator-0").outstanding)
-        behind = loop.member("generator-0").installed.step
-        await loop.until(lambda: loop.member("generator-2").outstanding and loop.trainer.version.step > behind + 2)
-        assert all(loop.sampler.flights[key].step > behind for key in loop.member("generator-2").outstanding)
-        assert await loop.scale(generators=2, drain=0.0) == "done"
-        await loop.until(lambda: loop.actors["generator-1"].resumed)
-        assert not lagging.resumed, "tokens older than the group's oldest were sampled"
+class Leaving:
+    """As much of a fleet as a hand-over needs. knows: what the generator that leaves hands over."""
 
-    tree = {"weights": {"deadline_s": 500.0}, "generator": {"max_concurrent": 12, "deadline_s": 500.0}}
-    check(played(clock, lambda: Live(3, latency=lambda key: 4.0, steps=20, **tree), play))
+    def __init__(self, knows: list[GroupKey], *others: Generator) -> None:
+        self.knows, self.serving = knows, list(others)
+
+    async def hand_over(self, generator: Generator, keys: list[GroupKey]) -> list[tuple[None, Group]]:
+        segment = Segment(
+            Source.POLICY, np.ones(2, np.int32), np.zeros(2, np.float32), (VersionSpan(Version(1, 5), 0, 2),)
+        )
+        empty = Segment(Source.POLICY, np.zeros(0, np.int32), np.zeros(0, np.float32), ())
+        answers = (Answer(0, (segment,), "abort"), Answer(1, (empty,), "abort"))
+        return [(None, Group(key, np.arange(3), answers, 1.0, "g", 1)) for key in keys if key in self.knows]
+
+
+def serving(name: str, step: int, load: int) -> Generator:
+    generator = Generator(name, None, None, installed=Version(1, step))  # type: ignore[arg-type]
+    generator.assign(GroupKey(0, f"of {name}", 0), load)
+    return generator
+
+
+def moved(clock: Clock, knows: int, *others: Generator) -> tuple[HandOver, Ledger, Retries, Leaving, list[float]]:
+    """Three groups of step 5 leave a generator, which knows the first ``knows`` of them."""
+    ledger, woken = Ledger(), list[float]()
+    retries = Retries(ledger, 9)
+    prompt = Prompt("p", (), np.arange(3, dtype=np.int32), "1")
+    keys = [ledger.issue(0, f"p{i}") for i in range(3)]
+    flights = {key: Flight(prompt, "leaving", 5, clock.now) for key in keys}
+    leaving = Generator("leaving", None, None)  # type: ignore[arg-type]
+    for key in keys:
+        leaving.assign(key, 10)
+    handover = HandOver(flights, ledger, retries, lambda _: Sampling(2, 8), lambda: woken.append(clock.now))
+    fleet = Leaving(keys[:knows], *others)
+
+    async def go() -> None:
+        assert await handover.take_from(fleet, leaving) == (knows, 3 - knows)  # type: ignore[arg-type]
+        await asyncio.sleep(WAIT_S + 1.0)
+
+    clock.run(go())
+    return handover, ledger, retries, fleet, woken
+
+
+def test_nothing_is_continued_by_a_generator_that_serves_an_older_version(clock):
+    behind, current, full = serving("behind", 4, 0), serving("current", 5, 50), serving("full", 6, 0)
+    for n in range(4):
+        full.assign(GroupKey(0, f"more {n}", 0), 0)
+    handover, ledger, _, fleet, _ = moved(clock, 3, behind, current, full)
+    issued = handover.place(fleet, 4, 10.0)  # type: ignore[arg-type]
+    assert [(g.name, r.key.attempt, len(r.prefixes)) for g, r in issued] == [("current", 1, 1)] * 3
+    assert ledger.counts()["in_flight"] == 3 and handover.place(fleet, 4, 10.0) == []  # type: ignore[arg-type]
+
+
+def test_what_the_generator_does_not_know_and_what_nobody_takes_in_time_starts_again(clock):
+    began = clock.now
+    handover, ledger, retries, fleet, woken = moved(clock, 2, serving("behind", 4, 0))
+    assert len(retries) == 1 and ledger.counts()["to_retry"] == 1
+    assert max(woken) >= began + WAIT_S, "nobody looks when the time is over"
+    assert handover.place(fleet, 4, 10.0) == [] and len(retries) == 3  # type: ignore[arg-type]
