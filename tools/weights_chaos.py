@@ -54,13 +54,14 @@ from weight_rig import Rig, Said, Watch, eventually
 
 from actors import placement
 from hapo_async.driver import restarts, starter
+from hapo_async.driver.distribution import GRACE_S
 from hapo_async.driver.generators import Generator
 from hapo_async.errors import RunError
 from hapo_async.types import Version
 
 TRANSPORTS = ("ray", "zmq", "gloo")
 DEADLINE_S = 5.0
-SLACK_S = 2.0  # of a machine whose cores are shared
+SLACK_S = GRACE_S + 1.0  # until who is silent counts as gone, and a machine whose cores are shared
 BACK_S = 120.0  # a vLLM engine starts in half a minute, beside others
 SHAPE = {"hidden": 128, "layers": 6}
 BUCKET_BYTES = 1 << 18

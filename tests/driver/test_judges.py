@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors.calls import CallFailed
 from hapo_async.driver.judges import Judges
 from hapo_async.errors import RunError
 from tests.driver.living import Verifier
@@ -74,3 +75,17 @@ def test_a_dead_verifier_is_replaced_and_the_last_death_of_too_many_is_an_error(
         return len(made)
 
     assert judging(clock, body) == 2 + 2 * 3
+
+
+def test_a_late_failure_of_a_dead_verifier_does_not_hit_its_replacement(clock):
+    async def body(judges, made):
+        dead = judges._judges["verifier-0"]
+        made[0].die()
+        await asyncio.gather(*(judges.judge("group", judges.prompt, 2) for _ in range(4)))
+        while judges.count < 2:
+            await asyncio.sleep(0.5)
+        judges._lose(dead, CallFailed("verifier-0", "a call of long ago", gone=True))
+        assert judges.count == 2 and not made[2]._dead.done()
+        return judges.take()
+
+    assert judging(clock, body) == 1

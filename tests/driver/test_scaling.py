@@ -54,8 +54,9 @@ def test_scaling_down_while_a_publish_is_under_way(clock):
         assert loop.actors["generator-2"].closed
         version = loop.trainer.version
         await loop.fleet.wait_installed(version, 20.0)
+        assert await loop.scale(generators=2) == "done" and loop.names == ["generator-0", "generator-3"]
 
-    loop = played(clock, lambda: Live(3, steps=20), play)
+    loop = played(clock, lambda: Live(3, steps=40), play)
     check(loop)
     assert loop.fleet.weights.failed == 0, "a generator was closed in the middle of an install"
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import pytest
 import ray
 
 from actors.calls import CallFailed
 from actors.transports import Member, Offer, Published
+from hapo_async.driver.evaluation import Evaluator
+from hapo_async.driver.generators import Generator
+from hapo_async.driver.judges import Judges
+from hapo_async.driver.watchdog import Watchdog
 from hapo_async.errors import RunError
 from hapo_async.types import Version
 from tests.driver.living import Live, Places, Resuming, check, played
@@ -73,6 +78,23 @@ def test_one_that_dies_before_its_first_install_is_started_again(clock):
     loop = played(clock, lambda: Live(1, Places(make), steps=30), play)
     check(loop)
     assert not made[0].issued and made[1].issued and len(loop.places.slots) == 1, "it lost its place"
+
+
+def test_one_that_gets_no_weights_in_time_is_no_member(clock):
+    def make(name):
+        actor = Resuming(name)
+        actor.install_s = 1e6
+        return actor
+
+    async def play(loop):
+        await loop.at_step(3)
+        assert await loop.scale(generators=2, wait=30.0) == "failed" and "newest weights" in loop.told[-1]["line"]
+        assert [g.name for g in loop.fleet.generators] == ["generator-0"]
+
+    tree = {"weights": {"deadline_s": 500.0}}
+    loop = played(clock, lambda: Live(1, Places(make), steps=60, **tree), play)
+    check(loop)
+    assert loop.places.actors[0]._dead.done() and loop.places.slots[0].released == 1
 
 
 def test_a_run_that_ends_gives_up_what_is_being_started(clock):
@@ -182,13 +204,11 @@ def test_a_lost_node_means_another_place_or_a_smaller_fleet(clock):
 
 def test_after_the_end_nothing_is_started(clock):
     async def go() -> Live:
-        loop = Live(2, steps=3)
+        loop = Live(3, steps=3)
         await loop.run(500.0)
-        loop.fleet.generators[0].slot.whole = True
-        loop.actors["generator-0"].die()
         loop.fleet.mark_failed(loop.fleet.generators[0], CallFailed("generator-0", "died", gone=True))
         await loop.upkeep.close()
-        loop.fleet.mark_failed(loop.fleet.generators[0], CallFailed("generator-0", "died", gone=True))
+        loop.fleet.mark_failed(loop.fleet.generators[1], CallFailed("generator-1", "died", gone=True))
         await asyncio.sleep(100.0)
         return loop
 
@@ -229,3 +249,41 @@ def test_in_lockstep_one_that_comes_back_gets_a_snapshot_even_while_the_learner_
     loop = played(clock, lambda: Live(1, steps=20, trains=Lockstep()), play)
     check(loop)
     assert len(loop.learner.snapshots) == 1
+
+
+def test_a_barrier_evaluation_waits_for_the_only_generator_to_come_back(clock):
+    async def go():
+        loop = Live(1)
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        questions = {"set": list(loop.sampler.prompts.values())[:6]}
+        evaluator = Evaluator(loop.config, questions, loop.fleet, loop.judges)  # type: ignore[arg-type]
+        asking = asyncio.create_task(evaluator.run(0, version=loop.trainer.version))
+        await loop.until(lambda: loop.actors["generator-0"].issued)
+        loop.actors["generator-0"].die()
+        values = await asking
+        await loop.upkeep.close()
+        return values, loop.places.actors[0]
+
+    values, second = clock.run(go())
+    assert values["eval/set/prompts"] == 6 and second.issued
+
+
+def test_the_watchdog_asks_the_replacement_and_not_the_dead_one(clock):
+    async def go():
+        loop = Live(1)
+        loop.learner.ranks = []
+        parts = (loop.fleet, Judges(loop.config, {}), loop.learner, loop.sampler, loop.buffer, loop.ledger)
+        dog = Watchdog(loop.config, *parts, Path("/nowhere"), print)  # type: ignore[arg-type]
+        dog._know(clock.now)
+        (dead,) = loop.fleet.generators
+        dead.alive, loop.fleet.generators[0] = (
+            False,
+            Generator("generator-0", loop.places.make("generator-0"), dead.slot),
+        )
+        dog._know(clock.now)
+        reading = await dog._pulses["generator-0"].actor.ask(1.0)
+        loop.actors["generator-0"].die()
+        assert await dog._pulses["generator-0"].actor.ask(1.0) == reading
+
+    clock.run(go())
