@@ -54,7 +54,7 @@ def versions(groups: list[Group]) -> set[Version]:
 
 
 def test_weights_can_be_written_in_place_while_answers_run(served):
-    asked = requests("in place", 8)
+    asked = requests("in place", 4)
     get(served, served.actor.submit.remote(asked))
     wait_for_tokens(served)
     assert pour(served, 1, pieces(served, 1)) > 0
@@ -146,14 +146,14 @@ def replace_models(one, other):
 @pytest.mark.parametrize("how", ["abort", "hand_over", "truncate"])
 def test_a_group_that_is_ended_while_it_is_submitted_leaves_nothing_running(served, how: str):
     for pauses in range(8):
-        asked = requests(f"{how} {pauses}", 3, n=2)
+        asked = requests(f"{how} {pauses}", 3, n=2, max_tokens=60)
         found = get(served, served.actor.race.remote(asked, how, pauses))
         assert len(found) in (0, 3)
         if how == "truncate":
             groups = collect(served, asked)
             assert errors(served, groups) < 1e-4
-            if pauses:
-                assert max(a.length for g in groups for a in g.answers) < 200
+            if pauses and served.engine == "vllm":  # the other leaves groups alone that have not started
+                assert max(a.length for g in groups for a in g.answers) < 60
         if how == "hand_over" and found:
             assert [s.request.key for s in found] == [r.key for r in asked]
         if how != "truncate" and not found:
