@@ -21,7 +21,7 @@ from actors.transports import Offer
 from actors.vllm_args import all_args, engine_args, is_installed, set_environment
 from actors.vllm_device import WorkerReceiver
 from actors.vllm_groups import Groups, final
-from actors.vllm_weights import Weights, failure
+from actors.vllm_weights import Weights, failure, sweep
 from hapo_async.config import Config
 from hapo_async.engine import SCORE_S, EngineError, Lengths, stop_ids
 from hapo_async.in_place import Source, Tensors
@@ -39,6 +39,7 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
 async def start(config: Config, model_path: str, tokenizer: Any, device: str, name: str) -> VllmEngine:
     """Starts vLLM and its processes: seconds on a small model, minutes on a large one."""
     set_environment(device)
+    await asyncio.to_thread(sweep)
     # vLLM binds its sockets to this address: loopback under a Ray that stays on loopback, never a wildcard.
     os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
     loop = asyncio.get_running_loop()

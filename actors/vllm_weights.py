@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -182,9 +184,26 @@ def _save(folder: str, tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
     return path
 
 
+def _memory() -> str | None:
+    """A memory file system where there is one; None is the usual temporary folder."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+
+
+def _prefix() -> str:
+    """Of this host's folders, as far as process ids are told apart: containers may share a memory file system."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"hapo-{namespace.stat().st_ino if namespace.exists() else 0}-"
+
+
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """In a memory file system where there is one."""
-    memory = "/dev/shm"  # noqa: S108
-    with tempfile.TemporaryDirectory(prefix="hapo-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_prefix()}{os.getpid()}-", dir=_memory()) as folder:
         yield folder
+
+
+def sweep() -> None:
+    """Removes what generators left in memory that were killed while they installed."""
+    for folder in Path(_memory() or tempfile.gettempdir()).glob(f"{_prefix()}*-*"):
+        owner = folder.name.removeprefix(_prefix()).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)

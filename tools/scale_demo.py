@@ -30,7 +30,7 @@ SHARE = 0.2  # of a core, for each generator
 TICK_S, BURST_S = 0.01, 0.01
 PHASES = (1, 4, 2)
 PROMPTS, STALENESS, ANSWERS, CONCURRENT = 8, 3, 8, 4
-DRAIN_S = 2.0
+DRAIN_S = 0.0  # what is being sampled is handed over at once
 SETTLE_S = 10.0  # after a change, before a phase is measured
 START_S = 300.0
 
@@ -115,7 +115,7 @@ def play(folder: Path, phase_s: float) -> None:
         sys.executable, "-m", "hapo_async", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.resume=never",
         "train.steps=1000000", f"train.batch_prompts={PROMPTS}", f"sampling.n={ANSWERS}", f"max_staleness={STALENESS}",
         "generator.count=1", f"generator.max_concurrent={CONCURRENT}", "data.eval=[]", "rollouts.sample=1.0",
-        "train.checkpoint_every=0", "learner.lr=1e-5",
+        "train.checkpoint_every=0", "learner.lr=1e-5", "learner.mini_batches=1",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from actors import vllm_args, vllm_engine
+from actors import vllm_args, vllm_engine, vllm_weights
 from hapo_async import toy
 from hapo_async.config import parse
 from hapo_async.engine import EngineError
@@ -120,3 +124,17 @@ def test_torn_weights_stay_paused_when_their_engine_wakes():
     calls = on_gpu(scenario)
     assert calls[calls.index("update_weights") + 1 :][:2] == ["wake_up()", "pause_generation"]
     assert calls[-2:] == ["finish_weight_update", "resume_generation"]
+
+
+def test_what_killed_generators_left_in_memory_is_swept_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_weights, "_memory", lambda: str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(20)
+    prefix = vllm_weights._prefix()
+    left, others = tmp_path / f"{prefix}{gone.pid}-x", [f"{prefix}{os.getpid()}-y", f"hapo-1-{gone.pid}-z", "hapo-else"]
+    for folder in (left, *(tmp_path / name for name in others)):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"x")
+    with vllm_weights._folder() as own:
+        vllm_weights.sweep()
+        assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*others, Path(own).name])
