@@ -115,17 +115,13 @@ class GeneratorActor:
         self._tokenizer = await asyncio.to_thread(
             AutoTokenizer.from_pretrained, self.model_path, trust_remote_code=False
         )
-        lora = Lora.of(self.config)
+        if lora := Lora.of(self.config):
+            self._merger = await asyncio.to_thread(Merger, self.model_path, lora, self._dtype)
         if self._kind == "vllm":
             engine = await vllm_engine.start(self.config, self.model_path, self._tokenizer, self.device, self.name)
-            if lora:
-                self._merger = await asyncio.to_thread(Merger, self.model_path, lora, self._dtype)
             return engine
         dtype = self.config.generator.dtype
         model = await asyncio.to_thread(engines.load_model, self.model_path, self.device, dtype)
-        if lora:
-            resident = dict(model.named_parameters())
-            self._merger = await asyncio.to_thread(Merger, self.model_path, lora, self._dtype, resident)
         stop = engines.stop_ids(self._tokenizer, model.config, model.generation_config)
         sampler = Sampler(model, stop, recompute=self.config.generator.kv_cache == "recompute")
         return engines.TransformersEngine(sampler)

@@ -265,7 +265,8 @@ def scale(
     run: Annotated[Path, typer.Argument(help="The folder of a run that is going on.")],
     wanted: Annotated[list[str], typer.Argument(help="generators=N, verifiers=M or both.", show_default=False)],
     drain_deadline: Annotated[
-        float, typer.Option(help="Seconds that one which leaves has for what it is sampling; the rest goes on elsewhere.")
+        float,
+        typer.Option(help="Seconds that one which leaves has for what it is sampling; the rest goes on elsewhere."),
     ] = 60.0,
     wait: Annotated[float, typer.Option(help="Seconds until what has not been achieved is given up.")] = 600.0,
 ) -> None:

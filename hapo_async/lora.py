@@ -89,7 +89,7 @@ def check(config: Config, model_path: str) -> None:
     if Path(model_path).is_dir():
         try:
             # The transformers engine holds what has no adapter, whatever the files call it.
-            Merger(model_path, lora, torch.float32, {} if config.generator.engine == "transformers" else None)
+            Merger(model_path, lora, torch.float32)
         except RunError as error:
             raise ConfigError(str(error)) from None
 
@@ -244,23 +244,17 @@ class Merger:
     """Makes a full version of an adapter, on a generator: W of the safetensors files that it started from, read when asked
     for and never kept, plus alpha/rank B A. Every adapter counts from there: none builds on another.
 
-    dtype: of the generator's weights. resident: those that it samples with, where they are at hand; they stand for all that
-    have no adapter, and are otherwise read as well. Raises RunError for a model without such files, or whose files call
-    a weight otherwise.
+    dtype: of the generator's weights. Raises RunError for a model without such files, or whose files call a weight otherwise.
     """
 
-    def __init__(
-        self, model_path: str, lora: Lora, dtype: torch.dtype, resident: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, model_path: str, lora: Lora, dtype: torch.dtype) -> None:
         model = skeleton(model_path)
         self.layers = layers(resolve(lora, model), model)
         self._scale, self._dtype = lora.scale, dtype
         adapted = {f"{layer}.weight" for layer in self.layers}
-        self._others = {n: t for n, t in resident.items() if n not in adapted} if resident is not None else None
-        self._unread = [name for name, _ in model.named_parameters() if name not in adapted]
+        self._others = [name for name, _ in model.named_parameters() if name not in adapted]
         self._files = _index(model_path)
-        needed = sorted(adapted) if resident is not None else [name for name, _ in model.named_parameters()]
-        missing = [name for name in needed if name not in self._files]
+        missing = [name for name in (*sorted(adapted), *self._others) if name not in self._files]
         if missing:
             raise RunError(
                 f"learner.lora: the files of model {model_path!r} hold no tensor {missing[0]!r}; this architecture is stored "
@@ -284,7 +278,7 @@ class Merger:
             (name, merge(weight, *found[name.removesuffix(".weight")], self._scale).to(self._dtype))
             for name, weight in self._read([f"{layer}.weight" for layer in found])
         ]
-        return [*out, *(self._read(self._unread) if self._others is None else self._others.items())]
+        return [*out, *((name, weight.to(self._dtype)) for name, weight in self._read(self._others))]
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         from safetensors import safe_open

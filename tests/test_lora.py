@@ -173,21 +173,15 @@ def test_what_is_written_is_what_peft_reads_and_equals_the_merged_model(tmp_path
         torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("is_resident", [True, False])
-def test_a_generator_merges_what_the_learner_merges(is_resident):
+def test_a_generator_merges_what_the_learner_merges():
     model, settings, _ = adapted(alpha=10)
     merged, adapter = lora.taken_apart(state_of(model), settings.scale)
     sent = {name: p.detach() for name, p in lora.streamed(model.named_parameters())}
     assert sent.keys() == adapter.keys()
     assert sum(t.nbytes for t in sent.values()) == 4 * 4 * 2 * (4 * (64 + 64) + 3 * (64 + 128))
-    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    resident = dict(plain.named_parameters()) if is_resident else None
-    full = lora.Merger(MODEL, settings, torch.float32, resident).full(sent.items())
+    full = lora.Merger(MODEL, settings, torch.float32).full(sent.items())
     assert len(full) == len(merged) and dict(full).keys() == merged.keys()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in full)
-    if is_resident:
-        kept = {name for name, tensor in full if tensor is resident[name]}
-        assert len(kept) == len(full) - 14, "what has no adapter is not copied"
 
 
 def test_merging_is_made_in_fp32_of_the_weights_that_the_learner_holds():
