@@ -81,7 +81,7 @@ def test_two_buckets_with_one_number_are_noticed():
     _, manifest, data = stream()
     intake = Intake(manifest.version)
     intake.put(manifest.buckets[0], data[0])
-    with pytest.raises(TransferError, match="bucket 0 of 1.2 came twice, and not the same"):
+    with pytest.raises(TransferError, match=r"bucket 0 of 1\.2 came twice, and not the same"):
         intake.put(replace(manifest.buckets[1], index=0), data[1])
 
 
