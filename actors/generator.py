@@ -256,7 +256,7 @@ class GeneratorActor:
         task = self._arrivals[key]
         try:
             return await asyncio.shield(task)
-        except TransferError:
+        except Exception:
             if offer.members is None:
                 self._arrivals.pop(key, None)
             raise
@@ -264,9 +264,11 @@ class GeneratorActor:
     async def _give_up_arrivals(self) -> None:
         arrivals = [task for task in self._arrivals.values() if not task.done()]
         self._arrivals.clear()
-        if arrivals:
+        while arrivals:  # one that was just about to begin takes the second word
             self._receiver.cancel()
-            await asyncio.wait(arrivals)
+            self._snapshots.cancel()
+            _, pending = await asyncio.wait(arrivals, timeout=0.2)
+            arrivals = list(pending)
 
     async def _stage(self, offer: Offer) -> _Fetched:
         """A second copy, verified; of an adapter, that of the model with it merged in."""

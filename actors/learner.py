@@ -167,7 +167,10 @@ class LearnerRank:
     def admit(self, members: list[Member]) -> None:
         """Rank 0: lets more generators fetch what is there."""
         for sender in list(self._senders.values()):
-            sender.admit(members)
+            try:
+                sender.admit(members)
+            except TransferError as error:  # who is not let in gets a snapshot
+                log.warning("%s cannot be let in: %s", ", ".join(m.name for m in members), error)
 
     @_told
     def publish(self, version: Version, transport: str) -> Published | None:
@@ -181,6 +184,8 @@ class LearnerRank:
         return "adapter" if self.config.learner.lora else "full"
 
     def _sender(self, transport: str) -> Sender:
+        if transport in self._senders and self._senders[transport].is_broken:
+            self._senders.pop(transport).close()
         if transport not in self._senders:
             address, deadline_s = ray.util.get_node_ip_address(), self.config.weights.deadline_s
             self._senders[transport] = transports.sender(transport, self.device, address, deadline_s)

@@ -65,7 +65,8 @@ def publish(
         return Published(sender.commit(manifest), "", manifest.nbytes, time.monotonic() - began)
     except TransferError as error:
         assert sender is not None
-        sender.abort(str(error))
+        with contextlib.suppress(TransferError):  # it may be what has failed
+            sender.abort(str(error))
         return Published(None, str(error), 0, time.monotonic() - began)
 
 

@@ -53,7 +53,11 @@ class Offer:
 
 
 class Sender(Protocol):
-    """The learner's end, on rank 0. Called from one thread, for one version at a time."""
+    """The learner's end, on rank 0. Called from one thread, for one version at a time. is_broken: nothing can be sent by it
+    any more; another one takes its place."""
+
+    @property
+    def is_broken(self) -> bool: ...
 
     on_device: bool
     """Whether buckets are sent from the device that the parameters are on; else from host memory."""

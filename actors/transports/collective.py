@@ -77,6 +77,8 @@ class _Epoch:
 class CollectiveSender:
     """Rank 0's end. backend: "gloo" | "nccl". address: of this node. device: nccl: where buckets are sent from."""
 
+    is_broken = False
+
     def __init__(self, backend: str, address: str, device: str, deadline_s: float) -> None:
         self._backend, self._address, self._deadline_s = backend, address, deadline_s
         self._device = _device(backend, device)

@@ -22,6 +22,7 @@ POLL_S = 0.5  # how soon a cancelled fetch ends
 class RaySender:
     """Rank 0's end."""
 
+    is_broken = False
     on_device = False
 
     def __init__(self) -> None:
@@ -38,7 +39,10 @@ class RaySender:
 
     def send(self, bucket: Bucket, data: Data) -> None:
         assert isinstance(data, np.ndarray)
-        self._refs.append(ray.put(data))
+        try:
+            self._refs.append(ray.put(data))
+        except ray.exceptions.RayError as error:  # no memory, no disk to spill to
+            raise TransferError(f"bucket {bucket.index} does not go into the object store: {error}") from error
 
     def commit(self, manifest: Manifest) -> Offer:
         refs, self._refs = self._refs, []

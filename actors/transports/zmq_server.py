@@ -103,6 +103,12 @@ class Server:
             return result.result(timeout_s)
         except (queue.Full, TimeoutError) as error:
             raise TransferError(f"the zmq server did not answer within {timeout_s:.0f} s") from error
+        except zmq.ZMQError as error:
+            raise TransferError(f"the zmq server: {error}") from error
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends the thread and its sockets."""

@@ -64,6 +64,10 @@ class ZmqSender:
     def abort(self, why: str) -> None:
         self._server.call(lambda: self._server.fail(why), self._deadline_s)
 
+    @property
+    def is_broken(self) -> bool:
+        return self._server.has_ended
+
     def held(self) -> tuple[int, int]:
         """(versions, bytes) in host memory."""
         return self._server.call(self._server.held, self._deadline_s)

@@ -22,7 +22,10 @@ from hapo_async.types import Version
 
 log = logging.getLogger(__name__)
 
+SNAPSHOT = "ray"
+"""The transport of versions that some generators need once more."""
 INSTALL_TRIES = 3
+RETRY_S = 0.5
 GRACE_S = 2.0
 """A generator's own deadline comes first: it then says what is wrong. One that says nothing for so much longer is gone."""
 
@@ -58,7 +61,9 @@ class Distribution:
         self._ask, self._serving, self._fail, self._moved = ask, serving, fail, moved
         self._deadline_s = config.weights.deadline_s + GRACE_S
         self._offers: list[Offer] = []  # of the newest version
-        self._invited: set[str] = set()  # names of those that the learner knows
+        self.is_leaving = False  # a version has been announced and is not published yet
+        self._invited: set[Member] = set()  # those that the learner knows
+        self._overtaken: dict[str, int] = {}  # tries of a generator that a newer version made vain, in a row
         self._missed: set[tuple[str, str, Version]] = set()  # (generator, transport, version) that failed in lockstep
         self._spoilt: list[tuple[Generator, Offer]] = []  # of the newest version, and too often tried in vain
         self._fetching: dict[str, asyncio.Task[None]] = {}  # the newest of each generator
@@ -84,14 +89,17 @@ class Distribution:
         """What the generator can get the newest version from."""
         name = generator.name
         usable = (o for o in self._offers if o.is_for(name) and (name, o.transport, o.version) not in self._missed)
+        if self._is_slow(generator):
+            usable = (o for o in usable if o.transport == SNAPSHOT)
         return next((o for o in usable if not any(g is generator and bad is o for g, bad in self._spoilt)), None)
 
     def announce(self, offer: Offer) -> None:
         """Generators begin to fetch a version that is still leaving the learner. Where it can be fetched later as well, those
         that are busy with an older one are not disturbed."""
+        self.is_leaving = True
         for generator in self._serving():
-            busy = offer.members is None and (self._is_installing(generator) or self._is_fetching(generator))
-            if offer.is_for(generator.name) and not busy:
+            busy = self._is_installing(generator) or self._is_fetching(generator) or self._is_slow(generator)
+            if offer.is_for(generator.name) and not (offer.members is None and busy):
                 task = self._fetching[generator.name] = asyncio.create_task(self._fetch(generator, offer))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -116,6 +124,7 @@ class Distribution:
 
     def publish(self, offer: Offer) -> None:
         """Makes a version the newest, or offers the newest to more generators."""
+        self.is_leaving = False
         if offer.version == self.newest:
             self._offers.append(offer)
         else:
@@ -128,18 +137,18 @@ class Distribution:
         """Takes a generator in that has started since the newest version left: it installs that one first. Raises RunError."""
         for offer in self._offers:  # in lockstep, with a dead one of its name
             self._miss(generator, offer)
-        self._invited.discard(generator.name)
         await self._invite(generator)
         self.start(generator)
 
     def invited(self, members: Sequence[Member]) -> None:
         """The learner has announced a version to these, and to nobody else."""
-        self._invited = {m.name for m in members}
+        self._invited = set(members)
 
     async def _invite(self, generator: Generator) -> None:
-        if generator.name not in self._invited:  # it was lent, or was not there
-            await self.admit([Member(generator.name, generator.key)])
-            self._invited.add(generator.name)
+        member = Member(generator.name, generator.key)
+        if member not in self._invited:  # it was lent, or was not there
+            await self.admit([member])
+            self._invited.add(member)
 
     def start(self, generator: Generator) -> None:
         """The generator installs the newest version, if it has not."""
@@ -148,9 +157,10 @@ class Distribution:
             task.add_done_callback(self._ended)
 
     async def idle(self, generator: Generator) -> None:
-        """Until no install is in flight on a generator."""
-        if self._is_installing(generator):
-            await asyncio.wait({self._installers[generator.name]})
+        """Until no version is on its way into a generator."""
+        mine = (self._installers.get(generator.name), self._fetching.get(generator.name))
+        if running := [task for task in mine if task is not None and not task.done()]:
+            await asyncio.wait(running)
 
     async def _install(self, generator: Generator) -> None:
         """Installs the newest version, and what has become the newest meanwhile."""
@@ -165,6 +175,8 @@ class Distribution:
                 return
             await self._invite(generator)
             await self.install_once(generator, offer)
+            if generator.installed != offer.version:
+                await asyncio.sleep(RETRY_S)
 
     async def install_once(self, generator: Generator, offer: Offer) -> None:
         """One try. After a few, somebody has to gather the version once more, since its bytes may be damaged where they come
@@ -176,12 +188,19 @@ class Distribution:
             self.failed += 1
             log.warning("%s keeps serving %s: %s", generator.name, generator.installed, error)
             self._miss(generator, offer)
-            if error.gone or generator.failures >= 2 * INSTALL_TRIES:
+            if offer.version != self.newest and not error.gone:
+                generator.failures -= 1
+                self._overtaken[generator.name] = self._overtaken.get(generator.name, 0) + 1
+            elif error.gone or generator.failures >= 2 * INSTALL_TRIES:
                 self._give_up(generator, CallFailed(generator.name, str(error), gone=True))
             elif generator.failures % INSTALL_TRIES == 0:
                 self._spoilt.append((generator, offer))
             return
         generator.failures = 0
+        if not self._is_slow(generator):
+            self._overtaken.pop(generator.name, None)
+        elif offer.transport == SNAPSHOT:
+            self._overtaken[generator.name] = INSTALL_TRIES - 1  # one more try by itself
         generator.installed = offer.version
         for call in self.on_installed:
             call(generator, offer.version)
@@ -193,6 +212,10 @@ class Distribution:
         except Exception as fatal:
             self._error = self._error or fatal
             self._moved()
+
+    def _is_slow(self, generator: Generator) -> bool:
+        """Too slow for versions that the learner keeps for a while; a snapshot stays until it was fetched."""
+        return self._overtaken.get(generator.name, 0) >= INSTALL_TRIES
 
     def _is_installing(self, generator: Generator) -> bool:
         task = self._installers.get(generator.name)

@@ -301,6 +301,8 @@ class Fleet:
         if generator not in self.serving or len(self.serving) < 2:
             raise RunError(f"{generator.name} cannot be detached: it does not serve, or no other one does")
         offer = self.weights.offer_for(generator)
+        if self.weights.is_leaving:  # in place, it may be in the model already
+            raise RunError(f"{generator.name} cannot be detached: a version after {version} is on its way to it")
         if offer is None:
             raise RunError(f"{generator.name} cannot be detached: version {version} has not reached it")
         generator.detached = True
@@ -309,6 +311,8 @@ class Fleet:
                 await self._drained(generator)
                 while generator.alive and generator.detached and generator.installed != version:
                     await self.weights.install_once(generator, offer)
+                    if generator.installed != version and self.weights.newest != version:
+                        raise RunError(f"version {version} was overtaken before it reached {generator.name}")
         except TimeoutError:
             self.attach(generator)
             raise RunError(f"{generator.name} was not free within {deadline_s:.0f} s") from None
@@ -343,7 +347,8 @@ class Fleet:
         return [Member(g.name, g.key) for g in self.taking]
 
     async def wait_installed(self, version: Version, deadline_s: float) -> None:
-        """Returns when every serving generator, at least one, has ``version``. Raises RunError after the deadline."""
+        """Returns when every serving generator, at least one, has ``version``. Those that have not within ``deadline_s`` are out
+        of service. Raises RunError when nobody is left."""
         limit: float | None = None
         while not self.serving or any(g.installed != version for g in self.serving):
             if not self.serving:
@@ -356,10 +361,10 @@ class Fleet:
                 async with asyncio.timeout(max(0.0, limit - time.monotonic())):
                     await self._moved.wait()
             except TimeoutError:
-                late = [g.name for g in self.serving if g.installed != version] or ["no generator"]
-                raise RunError(
-                    f"{', '.join(late)} did not install version {version} within {deadline_s:.0f} s"
-                ) from None
+                limit = None
+                why = f"did not install version {version} within {deadline_s:.0f} s"
+                for generator in [g for g in self.serving if g.installed != version]:
+                    self.mark_failed(generator, CallFailed(generator.name, why, gone=True))
             self.check()
 
     def _weights_moved(self) -> None:
@@ -385,8 +390,9 @@ class Fleet:
 
     async def close(self) -> None:
         await self.weights.close()
-        for generator in self.alive:
-            await self._end(generator)
+        ending = self.alive
+        await asyncio.gather(*(self._end(generator) for generator in ending))
+        for generator in ending:
             generator.alive = False
         for generator in self.generators:
             generator.slot.release()

@@ -219,5 +219,5 @@ class Judges:
     async def close(self) -> None:
         self._closed = True
         await tasks.end(*self._expected.values())
-        for judge in self._judges.values():
+        for judge in list(self._judges.values()):
             await self._end(judge)

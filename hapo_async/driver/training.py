@@ -19,7 +19,7 @@ from hapo_async.admission import overdue
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.driver import tasks
-from hapo_async.driver.distribution import GRACE_S
+from hapo_async.driver.distribution import GRACE_S, SNAPSHOT
 from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.sampling import Sampler
 from hapo_async.errors import RunError
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WANTING_S = 0.5
-SNAPSHOT = "ray"  # the transport of versions that some generators need once more
+ANNOUNCE_TRIES = 5
 SCORED_AT_ONCE = 256  # sequences that travel with one call
 
 
@@ -104,8 +104,8 @@ class Trainer:
         self.fleet.weights.publish(await self._gather(StepTimes()))
 
     async def everywhere(self) -> None:
-        """Until every serving generator has the current version. Raises RunError when it takes longer than two tries, after
-        which one that is frozen serves no more."""
+        """Until every serving generator has the current version; one that takes longer than two tries serves no more. Raises
+        RunError when nobody is left."""
         deadline_s = 2 * (self.config.weights.deadline_s + GRACE_S)
         await self.attended(self.fleet.wait_installed(self.version, deadline_s))
 
@@ -133,9 +133,7 @@ class Trainer:
         """The current version, gathered and on its way. What could not be sent to several at once is sent once more as a
         snapshot, after those that are dead or frozen were found. Raises RunError when that fails too."""
         weights = self.fleet.weights
-        members = self.fleet.members
-        announced = await self.learner.announce(self.version, members)
-        weights.invited(members)
+        announced = await self._announce()
         if announced is not None:
             weights.announce(announced)
         published = await self.learner.publish(self.version)
@@ -147,6 +145,18 @@ class Trainer:
         log.error("version %s did not reach the generators: %s", self.version, published.error)
         await self.fleet.probe()
         return await self._snapshot()
+
+    async def _announce(self) -> Offer | None:
+        """Where all take part in lockstep, nobody may be a member who left or was lent while the learner got ready."""
+        for _ in range(ANNOUNCE_TRIES):
+            members = self.fleet.members
+            announced = await self.learner.announce(self.version, members)
+            self.fleet.weights.invited(members)
+            if announced is None or announced.members is None:
+                return announced
+            if set(announced.members) <= {m.name for m in self.fleet.members}:
+                return announced
+        return announced
 
     async def _snapshot(self) -> Offer:
         """The current version for anybody who asks, through the object store."""

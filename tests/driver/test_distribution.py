@@ -10,6 +10,7 @@ import pytest
 from actors.transports import Member, Offer, Published
 from hapo_async.driver import fleet as fleets
 from hapo_async.driver.fleet import Fleet, Generator
+from hapo_async.errors import RunError
 from hapo_async.types import Version
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInLearner, raised
 from tests.virtual_time import Clock
@@ -46,7 +47,7 @@ class Lockstep(StandInLearner):
         return Published(Offer("gloo", version, members=tuple(self.announced[-1][1])))
 
 
-class Member1(StandInGenerator):
+class LockstepGenerator(StandInGenerator):
     """Refuses what it has not received, unless it is a snapshot. ``misses``: steps that it does not receive."""
 
     def __init__(self, name: str, misses: tuple[int, ...] = ()) -> None:
@@ -76,7 +77,7 @@ def test_members_receive_while_the_learner_gathers_and_install_after_it(clock):
     learner = Lockstep()
 
     async def go():
-        generators = [Member1("g0"), Member1("g1")]
+        generators = [LockstepGenerator("g0"), LockstepGenerator("g1")]
         loop = loop_of(generators, learner)
         await loop.run()
         return generators
@@ -91,7 +92,7 @@ def test_a_version_that_broke_off_reaches_everybody_as_a_snapshot(clock):
     learner = Lockstep(broken=(2, 4))
 
     async def go():
-        generators = [Member1("g0"), Member1("g1")]
+        generators = [LockstepGenerator("g0"), LockstepGenerator("g1")]
         loop = loop_of(generators, learner)
         await loop.run()
         return loop, generators
@@ -106,7 +107,7 @@ def test_who_died_in_a_transfer_is_found_and_the_next_version_goes_to_the_others
     learner = Lockstep(broken=(1,))
 
     async def go():
-        generators = [Member1("g0"), Member1("g1")]
+        generators = [LockstepGenerator("g0"), LockstepGenerator("g1")]
         loop = loop_of(generators, learner)
 
         async def killed(version: Version) -> None:
@@ -126,7 +127,7 @@ def test_one_that_missed_a_version_gets_the_same_one_at_the_next_step_boundary(c
     learner = Lockstep()
 
     async def go():
-        generators = [Member1("g0", misses=(1,)), Member1("g1")]
+        generators = [LockstepGenerator("g0", misses=(1,)), LockstepGenerator("g1")]
         loop = loop_of(generators, learner, max_staleness=0)
         await loop.run()
         return generators
@@ -140,7 +141,7 @@ def test_the_only_generator_left_that_came_late_does_not_wait_for_a_step_that_ne
     learner = Lockstep()
 
     async def go():
-        first, second = Member1("g0"), Member1("g1")
+        first, second = LockstepGenerator("g0"), LockstepGenerator("g1")
         loop = loop_of([first], learner, max_staleness=0)
         running = asyncio.create_task(loop.run())
         while loop.trainer.version < V2:
@@ -160,7 +161,7 @@ def test_a_barrier_waits_for_a_snapshot_too(clock):
     learner = Lockstep()
 
     async def go():
-        generators = [Member1("g0"), Member1("g1", misses=(0,))]
+        generators = [LockstepGenerator("g0"), LockstepGenerator("g1", misses=(0,))]
         loop = loop_of(generators, learner)
         await loop.trainer.publish()
         await loop.trainer.everywhere()
@@ -226,7 +227,7 @@ def test_one_that_was_lent_while_a_version_was_announced_is_let_in_before_it_fet
 
 def test_an_install_waits_for_what_is_still_being_received(clock):
     async def go():
-        actor = Member1("g0")
+        actor = LockstepGenerator("g0")
         actor.receive_s = 1.0
         fleet = fleet_of(actor)
         offer = Offer("gloo", V0, members=("g0",))
@@ -236,3 +237,159 @@ def test_an_install_waits_for_what_is_still_being_received(clock):
         return actor.installs, fleet.weights.failed
 
     assert clock.run(go()) == ([V0], 0)
+
+
+class Shelf(StandInLearner):
+    """Keeps the newest two versions for those whom it knows, and gives them out in ``walk_s``."""
+
+    def __init__(self, step_s: float = 1.0, walk_s: float = 0.05) -> None:
+        super().__init__(step_s=step_s)
+        self.walk_s = walk_s
+        self.kept: list[Version] = []
+        self.known: set[str] = set()
+
+    async def announce(self, version: Version, members: list[Member]) -> Offer | None:
+        self.known = {m.key for m in members}
+        self.kept = [*self.kept, version][-2:]
+        return Offer("zmq", version)
+
+    async def admit(self, members: list[Member]) -> None:
+        self.known |= {m.key for m in members}
+
+    async def publish(self, version: Version, transport: str = "") -> Published:
+        await asyncio.sleep(self.walk_s)
+        return Published(Offer(transport or "zmq", version))
+
+
+class Fetching(StandInGenerator):
+    """Takes ``fetch_s`` to fetch a version, which may be gone by then."""
+
+    def __init__(self, name: str, learner: Shelf, fetch_s: float, key: str = "") -> None:
+        super().__init__(name)
+        self.learner, self.fetch_s, self.key = learner, fetch_s, key or name
+        self.transports: list[str] = []
+
+    async def _receive(self, offer: Offer) -> None:
+        await self._fetch(offer)
+
+    async def _fetch(self, offer: Offer) -> None:
+        if offer.version in self.received:
+            return
+        if offer.transport == "zmq" and self.key not in self.learner.known:
+            raise raised("it does not know me")
+        await asyncio.sleep(self.fetch_s)
+        if offer.transport == "zmq" and offer.version not in self.learner.kept:
+            raise raised(f"{offer.version} is no longer kept")
+        self.received.append(offer.version)
+
+    async def _install(self, offer: Offer) -> dict[str, Any]:
+        await self._fetch(offer)
+        self.transports.append(offer.transport)
+        return await super()._install(offer)
+
+
+def shelf_loop(learner: Shelf, generators: list[Fetching], **tree: Any) -> Loop:
+    loop = Loop(list(generators), prompts=200, trains=learner, **tree)
+    for generator, actor in zip(loop.fleet.generators, generators, strict=True):
+        generator.key = actor.key
+    return loop
+
+
+def test_one_that_fetches_slower_than_versions_are_kept_gets_snapshots_and_serves_on(clock):
+    async def go():
+        learner = Shelf()
+        quick, slow = Fetching("quick", learner, 0.1), Fetching("slow", learner, 4.0)
+        loop = shelf_loop(learner, [quick, slow], train={"steps": 40, "batch_prompts": 2}, max_staleness=2)
+        await loop.run(500.0)
+        return loop, slow
+
+    loop, slow = clock.run(go())
+    assert loop.trainer.version == Version(1, 40) and len(loop.fleet.serving) == 2
+    assert "ray" in slow.transports and len(slow.installs) > 3
+
+
+def test_a_barrier_goes_on_without_one_that_cannot_fetch(clock):
+    class Cut(StandInGenerator):
+        async def _install(self, offer: Offer) -> dict[str, Any]:
+            if offer.version >= V2:
+                await asyncio.sleep(20)
+                raise raised("it was not there in time")
+            return await super()._install(offer)
+
+    async def go():
+        generators = [StandInGenerator("g0"), Cut("cut")]
+        settings = {"train": {"steps": 4, "batch_prompts": 2}, "max_staleness": 1, "weights": {"deadline_s": 20.0}}
+        loop = Loop(generators, prompts=60, **settings)
+        await loop.run()
+        await loop.trainer.everywhere()
+        return loop
+
+    loop = clock.run(go())
+    assert loop.trainer.version == Version(1, 4) and [g.name for g in loop.fleet.serving] == ["g0"]
+
+
+def test_a_lent_one_that_was_overtaken_comes_back_unharmed(clock):
+    async def go():
+        learner = Shelf()
+        quick, slow = Fetching("quick", learner, 0.1), Fetching("slow", learner, 0.1)
+        loop = shelf_loop(learner, [quick, slow])
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        lent = loop.fleet.generators[1]
+        slow.fetch_s = 5.0
+        loop.trainer.version = V1
+        await loop.trainer.publish()
+        detaching = asyncio.create_task(loop.fleet.detach(lent, V1, 60.0))
+        for step in (2, 3):
+            await asyncio.sleep(0.1)
+            loop.trainer.version = Version(1, step)
+            await loop.trainer.publish()
+        with pytest.raises(RunError, match=r"version 1\.1 was overtaken before it reached slow"):
+            await detaching
+        slow.fetch_s = 0.1
+        await loop.trainer.everywhere()
+        await loop.sampler.close()
+        return lent
+
+    lent = clock.run(go())
+    assert lent.serves and lent.installed == Version(1, 3) and lent.failures == 0
+
+
+def test_one_that_came_back_under_its_name_while_a_version_was_gathered_is_let_in(clock):
+    async def go():
+        learner = Shelf(walk_s=1.0)
+        old, new = Fetching("g1", learner, 0.1, key="old"), Fetching("g1", learner, 0.1, key="new")
+        loop = shelf_loop(learner, [Fetching("g0", learner, 0.1), old])
+        publishing = asyncio.create_task(loop.trainer.publish())
+        await asyncio.sleep(0.5)
+        member = loop.fleet.generators[1]
+        member.actor, member.key = new, "new"
+        await publishing
+        await loop.trainer.everywhere()
+        await loop.sampler.close()
+        return new.version, loop.fleet.weights.failed
+
+    assert clock.run(go()) == (V0, 0)
+
+
+def test_nobody_who_left_while_the_learner_got_ready_is_a_member_of_a_lockstep_version(clock):
+    class Slowly(Lockstep):
+        async def announce(self, version: Version, members: list[Member]) -> Offer | None:
+            offer = await super().announce(version, members)
+            if version == V1 and len(members) == 2:
+                loop.fleet.generators[1].detached = True
+            return offer
+
+    async def go():
+        nonlocal loop
+        loop = loop_of([LockstepGenerator("g0"), LockstepGenerator("g1")], learner)
+        await loop.trainer.publish()
+        await loop.trainer.everywhere()
+        loop.trainer.version = V1
+        await loop.trainer.publish()
+        await loop.sampler.close()
+
+    learner = Slowly()
+    loop: Loop
+    clock.run(go())
+    assert [names for version, names in learner.announced if version == V1] == [["g0", "g1"], ["g0"]]
