@@ -109,6 +109,10 @@ class TamperedSender:
         self._inner, self._tamper = inner, tamper
         self.on_device = inner.on_device
 
+    @property
+    def is_broken(self) -> bool:
+        return self._inner.is_broken
+
     def announce(self, version: Version, kind: str, members: Sequence[Member]) -> Offer | None:
         return self._inner.announce(version, kind, members)
 
