@@ -8,20 +8,12 @@ from typing import Any
 import pytest
 
 from actors.transports import Member, Offer, Published
-from hapo_async.driver import fleet as fleets
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.errors import RunError
 from hapo_async.types import Version
 from tests.driver.stand_ins import Loop, StandInGenerator, StandInLearner, raised
-from tests.virtual_time import Clock
 
 V0, V1, V2 = (Version(1, step) for step in range(3))
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    monkeypatch.setattr(fleets.ray, "kill", lambda actor: actor.die())
-    return Clock(monkeypatch)
 
 
 class Lockstep(StandInLearner):

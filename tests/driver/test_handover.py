@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-import pytest
-import ray
 
 from hapo_async.driver.flights import MOVING, Flight
 from hapo_async.driver.generators import Generator
@@ -16,16 +14,6 @@ from hapo_async.ledger import Ledger
 from hapo_async.types import Answer, Group, GroupKey, Prompt, Sampling, Segment, Source, Version, VersionSpan
 from tests.driver.living import Live, check, played
 from tests.virtual_time import Clock
-
-
-@pytest.fixture(autouse=True)
-def stand_ins_can_be_killed(monkeypatch):
-    monkeypatch.setattr(ray, "kill", lambda actor: actor.die())
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_what_is_not_finished_in_time_is_continued_elsewhere_at_its_age(clock):

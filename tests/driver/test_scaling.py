@@ -5,22 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-import ray
 
 from hapo_async import control
 from hapo_async.errors import ConfigError
 from tests.driver.living import Live, check, played
-from tests.virtual_time import Clock
-
-
-@pytest.fixture(autouse=True)
-def stand_ins_can_be_killed(monkeypatch):
-    monkeypatch.setattr(ray, "kill", lambda actor: actor.die())
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_one_becomes_four_becomes_two_and_nothing_is_lost_or_trained_twice(clock):

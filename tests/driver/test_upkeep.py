@@ -7,7 +7,6 @@ import contextlib
 from pathlib import Path
 
 import pytest
-import ray
 
 from actors.calls import CallFailed
 from actors.transports import Member, Offer, Published
@@ -19,17 +18,6 @@ from hapo_async.errors import RunError
 from hapo_async.types import Version
 from tests.driver.living import Live, Places, Resuming, check, played
 from tests.driver.stand_ins import StandInLearner
-from tests.virtual_time import Clock
-
-
-@pytest.fixture(autouse=True)
-def stand_ins_can_be_killed(monkeypatch):
-    monkeypatch.setattr(ray, "kill", lambda actor: actor.die())
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    return Clock(monkeypatch)
 
 
 def test_no_place_is_an_error_to_whoever_asked_and_the_run_goes_on(clock):
