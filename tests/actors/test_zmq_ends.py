@@ -25,7 +25,7 @@ from actors.transports.zmq_shelf import Shelf
 from actors.transports.zmq_stream import ZmqReceiver, ZmqSender
 from hapo_async.types import Version
 from hapo_async.weights import Intake, TransferError
-from tests.actors.zmq_rig import HOST, eventually, fetch, members, pieces, publish, same, three_receivers, weights
+from tests.actors.zmq_rig import HOST, eventually, fetch, members, pieces, publish, same, weights
 
 CHILD = """
 import json, sys, time
@@ -50,6 +50,8 @@ try:
 except Exception as error:
     say(f"failed: {error}")
 """
+
+pytest_plugins = ["tests.actors.zmq_rig"]
 
 
 class Child:
@@ -83,18 +85,6 @@ def children():
     for child in children:
         child.process.kill()
         child.process.wait()
-
-
-@pytest.fixture
-def sender():
-    with contextlib.closing(ZmqSender(HOST, 20.0)) as sender:
-        yield sender
-
-
-@pytest.fixture
-def crew():
-    with three_receivers() as crew:
-        yield crew
 
 
 def test_an_abort_wakes_up_those_who_wait(sender, crew):

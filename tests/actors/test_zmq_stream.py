@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import time
@@ -18,27 +17,9 @@ from actors.transports.zmq_client import Link, Patience
 from actors.transports.zmq_stream import ZmqSender
 from hapo_async.types import Version
 from hapo_async.weights import Intake, Manifest, TransferError, pack
-from tests.actors.zmq_rig import HOST, eventually, fetch, members, pieces, publish, same, three_receivers, weights
+from tests.actors.zmq_rig import HOST, eventually, fetch, members, pieces, publish, same, weights
 
-
-@pytest.fixture
-def sender():
-    with contextlib.closing(ZmqSender(HOST, 20.0)) as sender:
-        yield sender
-
-
-@pytest.fixture
-def context():
-    with zmq.Context() as context:
-        context.blocky = False
-        yield context
-        context.destroy(linger=0)
-
-
-@pytest.fixture
-def crew():
-    with three_receivers() as crew:
-        yield crew
+pytest_plugins = ["tests.actors.zmq_rig"]
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import torch
+import zmq
 
 from actors.transports import zmq_wire
 from actors.transports.base import Member, Offer
@@ -71,8 +73,22 @@ def eventually(true: Callable[[], object], seconds: float = 30.0) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def three_receivers() -> Iterator[tuple[list[ZmqReceiver], ThreadPoolExecutor]]:
+@pytest.fixture
+def sender():
+    with contextlib.closing(ZmqSender(HOST, 20.0)) as sender:
+        yield sender
+
+
+@pytest.fixture
+def context():
+    with zmq.Context() as context:
+        context.blocky = False
+        yield context
+        context.destroy(linger=0)
+
+
+@pytest.fixture
+def crew() -> Iterator[tuple[list[ZmqReceiver], ThreadPoolExecutor]]:
     """And the threads that they fetch in."""
     receivers = [ZmqReceiver() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
