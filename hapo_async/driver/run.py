@@ -19,6 +19,7 @@ from hapo_async.data import PromptStream
 from hapo_async.driver import starting, tasks
 from hapo_async.driver.beside import BesideTraining
 from hapo_async.driver.canary import Canary
+from hapo_async.driver.checkpoints import Checkpoints
 from hapo_async.driver.evaluation import Evaluator
 from hapo_async.driver.generators import Generator
 from hapo_async.driver.journal import Journal
@@ -185,6 +186,7 @@ class _Run:
             self.folder.path,
             self._say,
         )
+        self.checkpoints = Checkpoints(c, self.folder, self.learner, self.sampler, self.watchdog)
         watching = asyncio.create_task(self.watchdog.run())
         stack.push_async_callback(tasks.end, watching)
 
@@ -206,7 +208,7 @@ class _Run:
         await self.trainer.publish()
         await self.trainer.everywhere()
         if not self.resumed:
-            await self._checkpoint(0)  # from here on the same command continues, however the run ends
+            await self._checkpoint()  # from here on the same command continues, however the run ends
         if self.offline and not await self._prepare_answers(self.offline):
             return
         if self.version.step == 0 and (values := await self._evaluate(0)):
@@ -267,7 +269,7 @@ class _Run:
         self.trainer.enough = bool(self.note)
         times = StepTimes()
         if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
-            await self._checkpoint(step)
+            await self._checkpoint()
             times.checkpoint = time.monotonic() - times.began
         return times
 
@@ -331,7 +333,7 @@ class _Run:
             )
         if ended_early and self._evaluated != step and (values := await self._evaluate(step)):
             self.journal.evaluation(step, values)
-        path = await self._checkpoint(step)
+        path = await self._checkpoint()
         with self.watchdog.during("copies the model"):
             await asyncio.to_thread(copy_model, path / "model", self.folder.model)
 
@@ -343,27 +345,11 @@ class _Run:
             await self.beside.close()
             self._take_beside()
 
-    async def _checkpoint(self, step: int) -> Path:
-        began = time.monotonic()
+    async def _checkpoint(self) -> Path:
         await self.journal.settle()  # what a manifest seals is on disk by then
-        root = self.folder.checkpoints
-        folder = checkpoint.begin(root, step)
+        more = {"offline": self.offline.early.state()} if self.offline else {}
         async with self.trainer.turn():
-            await self.learner.save(folder)
-        driver = {
-            "step": step,
-            "incarnation": self.trainer.version.incarnation,
-            "cursor": self.stream.cursor(),
-            "ledger": self.ledger.state_dict(),
-            "gate": self.sampler.posteriors.state_dict(),
-            "config_digest": self.config.digest(),
-            **({"offline": self.offline.early.state()} if self.offline else {}),
-        }
-        with self.watchdog.during("seals a checkpoint"):
-            path = await asyncio.to_thread(checkpoint.seal, folder, root, step, driver)
-        checkpoint.prune(root, self.config.train.keep_checkpoints)
-        log.info("checkpoint of step %d written in %.1f s", step, time.monotonic() - began)
-        return path
+            return await self.checkpoints.save(self.trainer.version, more)
 
     # ---------------------------------------------------------------- stopping
 
