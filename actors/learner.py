@@ -4,7 +4,7 @@
     LearnerGroup.step(plans) -> resolve payloads, train in lockstep   -> reports, merged into metrics
     LearnerGroup.score(answers) -> log-probs, each rank a share       -> one array per answer
     LearnerGroup.publish     -> all walk the weights, rank 0 sends    -> an offer for the generators
-    LearnerGroup.save / load -> all take part                         -> files
+    LearnerGroup.capture / write / load -> all take part              -> files, written beside the next steps
 
 Every call has a deadline and every failure is a RunError that names the rank. A rank that dies or freezes leaves the
 others waiting in a collective, so whoever complains first is rarely the culprit: the ranks are asked who still answers,
@@ -14,10 +14,11 @@ and then all of them are ended.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from actors.zero import check_overrides
 from hapo_async.batch import StepPlan, share_out
 from hapo_async.config import Config
 from hapo_async.errors import ConfigError, RunError
+from hapo_async.learner.blame import Blame
 from hapo_async.learner.learn import check_needs, needs_of
 from hapo_async.learner.tally import merge
 from hapo_async.sequences import Sequence as TokenSequence
 from hapo_async.types import Version
 
-__all__ = ["LearnerGroup", "LearnerRank", "check_overrides"]
+__all__ = ["LearnerGone", "LearnerGroup", "LearnerRank", "WriteFailed", "check_overrides"]
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,21 @@ PING_S = 5.0  # how long a rank has to say that it is alive, once something went
 GRACE_S = 2.0  # how long the other ranks' own errors are waited for
 
 
+class LearnerGone(RunError):
+    """A rank died or froze. The others are ended; ``LearnerGroup.restart`` begins anew."""
+
+
+class WriteFailed(RunError):
+    """A checkpoint's files could not be written. lost: because a rank died, rather than for what its disk said."""
+
+    def __init__(self, why: str, lost: bool = False) -> None:
+        super().__init__(why)
+        self.lost = lost
+
+
 class LearnerGroup:
-    """The driver's handle. Any failure breaks it: its ranks are ended, and from then on every call raises RunError."""
+    """The driver's handle. Any failure breaks it: its ranks are ended, and from then on every call raises RunError, until
+    ``restart``. blamed: what the last step could not train on, and why."""
 
     def __init__(
         self,
@@ -63,7 +78,10 @@ class LearnerGroup:
         self.slot = slot
         # On one node every object is at hand already.
         self.is_remote = ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
-        self._broken: str | None = None
+        self.blamed: tuple[Blame, ...] = ()
+        self._broken: RunError | None = None
+        self._writes: list[ray.ObjectRef] = []
+        self._spawn: Callable[[placement.Slot], list[Any]] | None = None
         self._calls = Calls()
 
     @classmethod
@@ -89,26 +107,51 @@ class LearnerGroup:
         settings: dict[str, Any] = {
             "max_restarts": 0,
             "max_task_retries": 0,
-            "concurrency_groups": {"control": 1, "data": 1},
+            "concurrency_groups": {"control": 1, "data": 1, "files": 1},
         }
         actor: Any = ray.remote(**settings)(rank_class)
-        ranks = [
-            actor.options(**slot.options(i), name=f"learner-{os.getpid()}-{id(slot)}-{i}").remote(
-                i, count, config, model_path, cluster.device, needs
-            )
-            for i in range(count)
-        ]
-        group = cls(config, ranks, slot, needs, cluster.device)
-        began = time.monotonic()
-        ip, port = (await group._call("listen", [()], START_S, ranks=ranks[:1]))[0]
-        pids = await group._call("start", [(ip, port)] * count, START_S)
-        log.info("learner: %d ranks ready in %.1f s (pids %s)", count, time.monotonic() - began, pids)
+        numbers = itertools.count()
+
+        def spawn(slot: placement.Slot) -> list[Any]:
+            name = f"learner-{os.getpid()}-{id(actor)}-{next(numbers)}"
+            return [
+                actor.options(**slot.options(i), name=f"{name}-{i}").remote(
+                    i, count, config, model_path, cluster.device, needs
+                )
+                for i in range(count)
+            ]
+
+        group = cls(config, spawn(slot), slot, needs, cluster.device)
+        group._spawn = spawn
+        await group._begin()
         return group
+
+    async def restart(self, slot: placement.Slot | None = None) -> None:
+        """Other ranks with the model that the run started from, in the place of those that are gone or in another one; ``load``
+        comes next. Raises RunError; then it may be tried again."""
+        assert self._spawn is not None, "these ranks were not started here"
+        self._end(RunError("the learner is started again"))
+        if slot is not None:
+            if self.slot is not None:
+                self.slot.release()
+            self.slot = slot
+        assert self.slot is not None
+        self.ranks, self.blamed = self._spawn(self.slot), ()
+        self._broken = None
+        await self._begin()
+
+    async def _begin(self) -> None:
+        """The ranks meet and load the model."""
+        began, count = time.monotonic(), len(self.ranks)
+        ip, port = (await self._call("listen", [()], START_S, ranks=self.ranks[:1]))[0]
+        pids = await self._call("start", [(ip, port)] * count, START_S)
+        log.info("learner: %d ranks ready in %.1f s (pids %s)", count, time.monotonic() - began, pids)
 
     async def step(self, plans: Sequence[StepPlan]) -> dict[str, float]:
         """One learner step on one plan per rank; its metrics. ``skipped`` is 1 when no update was applied because none
-        was finite, else 0."""
+        was finite, or because of what ``blamed`` then names, else 0."""
         reports = await self._call("step", [(plan,) for plan in plans], self.config.learner.deadline_s)
+        self.blamed = tuple(blame for report in reports for blame in report.blamed)
         metrics = merge(reports)
         # An update that options.skip_grad_norm skipped is the algorithm's will, no failure.
         metrics["skipped"] = float(metrics["train/updates"] == 0 and not metrics.get("train/skipped_norm"))
@@ -176,8 +219,39 @@ class LearnerGroup:
         await self._call("wake", [()] * len(self.ranks), self.config.learner.deadline_s)
 
     async def save(self, folder: Path | str) -> None:
-        """Model and resumable state into ``folder`` (which all ranks must see under this path)."""
-        await self._call("save", [(str(folder),)] * len(self.ranks), self.config.learner.deadline_s)
+        """Model and resumable state into ``folder`` (which all ranks must see under this path). Raises RunError."""
+        await self.capture(folder)
+        await self.write()
+
+    async def capture(self, folder: Path | str) -> None:
+        """Copies what belongs to this step boundary to the ranks' host memory. ``write`` brings it into ``folder``, which all
+        ranks must see under this path; the weights may change meanwhile."""
+        await self._call("capture", [(str(folder),)] * len(self.ranks), self.config.learner.deadline_s)
+
+    async def write(self) -> dict[str, dict[str, Any]]:
+        """All ranks write what ``capture`` copied, beside whatever else they do. Size and sha256 of each file by its name below
+        the folder. Raises WriteFailed and breaks nothing: a rank that died is found by the next call."""
+        self._writes = [rank.write.remote() for rank in self.ranks]
+        deadline_s = self.config.learner.deadline_s
+        answers = await asyncio.gather(
+            *(self._calls.answer(ref, deadline_s, rank_name(i), "write") for i, ref in enumerate(self._writes)),
+            return_exceptions=True,
+        )
+        files: dict[str, dict[str, Any]] = {}
+        for index, answer in enumerate(answers):
+            if isinstance(answer, CallFailed):
+                raise WriteFailed(str(answer), lost=answer.gone and answer.__cause__ is not None) from None
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer.error:
+                raise WriteFailed(f"{rank_name(index)}: {answer.error}")
+            files |= answer.files
+        return files
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a rank has not ended the last ``write``, whatever became of the wait for it."""
+        return bool(self._writes) and bool(ray.wait(self._writes, num_returns=len(self._writes), timeout=0)[1])
 
     async def load(self, folder: Path | str) -> None:
         """Resumes from ``folder``. Raises RunError when it was written by another number of ranks."""
@@ -188,10 +262,15 @@ class LearnerGroup:
         if self._broken is None:
             calls = [self._answer(i, rank, "close", (), PING_S) for i, rank in enumerate(self.ranks)]
             await asyncio.gather(*calls, return_exceptions=True)
-            self._end("the learner was closed")
+            self._end(RunError("the learner was closed"))
         if self.slot is not None:
             self.slot.release()
             self.slot = None
+
+    def give_up(self, why: str) -> None:
+        """Takes the group for lost: every call that waits for it raises LearnerGone."""
+        if self._broken is None:
+            self._end(LearnerGone(why))
 
     # ---------------------------------------------------------------- calls
 
@@ -207,9 +286,10 @@ class LearnerGroup:
     async def _call(
         self, method: str, arguments: Sequence[tuple[Any, ...]], deadline_s: float, ranks: Sequence[Any] | None = None
     ) -> list[Any]:
-        """The answers of all ranks. On the first failure: finds the culprit, ends all ranks, raises RunError."""
+        """The answers of all ranks. On the first failure: finds the culprit, ends all ranks, raises RunError, LearnerGone where
+        a rank is dead or silent."""
         if self._broken is not None:
-            raise RunError(f"learner.{method}: {self._broken}")
+            raise type(self._broken)(f"learner.{method}: {self._broken}")
         targets = self.ranks if ranks is None else ranks
         tasks = [
             asyncio.ensure_future(self._answer(i, rank, method, args, deadline_s))
@@ -218,9 +298,10 @@ class LearnerGroup:
         try:
             return list(await asyncio.gather(*tasks))
         except CallFailed:
-            why = await self._diagnose(method, tasks)
-            self._end(why)
-            raise RunError(why) from None
+            broken = self._broken or await self._diagnose(method, tasks)
+            if self._broken is None:
+                self._end(broken)
+            raise broken from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -229,18 +310,18 @@ class LearnerGroup:
         ref = getattr(rank, method).remote(*args)
         return await self._calls.answer(ref, deadline_s, rank_name(index), method)
 
-    async def _diagnose(self, method: str, tasks: Sequence[asyncio.Future[Any]]) -> str:
+    async def _diagnose(self, method: str, tasks: Sequence[asyncio.Future[Any]]) -> RunError:
         """Who failed: ranks that are dead or silent, else the first error that is not a mere broken collective."""
         await asyncio.wait(tasks, timeout=GRACE_S)
         pings = [self._answer(i, rank, "ping", (), PING_S) for i, rank in enumerate(self.ranks)]
         silent = [p for p in await asyncio.gather(*pings, return_exceptions=True) if isinstance(p, CallFailed)]
         if silent:
-            return f"learner.{method} failed: " + "; ".join(_state(p) for p in silent)
+            return LearnerGone(f"learner.{method} failed: " + "; ".join(_state(p) for p in silent))
         errors = [t.exception() for t in tasks if t.done() and not t.cancelled() and t.exception() is not None]
         errors.sort(key=_is_collective)
-        return f"learner.{method} failed: {errors[0]}"
+        return RunError(f"learner.{method} failed: {errors[0]}")
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: RunError) -> None:
         """Ends all ranks: those that are well may hang in a collective with one that is not."""
         self._broken = why
         for rank in self.ranks:

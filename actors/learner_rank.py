@@ -18,19 +18,22 @@ import torch
 from actors import transports, weights, zero, zero_files
 from actors.reference import FrozenReference
 from actors.transports import Member, Offer, Published, Sender
+from hapo_async import secrets
 from hapo_async.batch import StepPlan
 from hapo_async.config import Config
+from hapo_async.learner.blame import LOST, Blame
 from hapo_async.learner.learn import Learner
 from hapo_async.learner.progress import Progress
 from hapo_async.learner.tally import RankReport
 from hapo_async.sequences import Sequence as TokenSequence
 from hapo_async.sequences import materialise
-from hapo_async.types import Group, Version
+from hapo_async.types import Group, GroupKey, Version
 from hapo_async.weights import TransferError
 
 log = logging.getLogger(__name__)
 
 START_S = 900.0  # loading a model takes longer than training on a batch
+FETCH_AGAIN_S = 5.0  # for the other answers, once one is known to be lost
 PREFETCH_S = 30.0  # what is not there by then is fetched when the step asks for it
 
 
@@ -46,7 +49,7 @@ def _told(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LearnerRank:
-    """One rank. All methods but ``ping`` and ``prefetch`` run in one thread, in the order of the calls.
+    """One rank. All methods but ``ping``, ``prefetch`` and ``write`` run in one thread, in the order of the calls.
 
     needs: "reference" and "value" load a reference model and a critic, for this configuration or a later one.
     """
@@ -57,10 +60,12 @@ class LearnerRank:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        secrets.learn(config.model_dump())
         self.rank, self.world_size = rank, world_size
         self.config, self.model_path, self.device, self.needs = config, model_path, device, needs
         self._listener: socket.socket | None = None
         self._senders: dict[str, Sender] = {}
+        self._captured: zero_files.Captured | None = None
         self.progress = Progress()
 
     @ray.method(concurrency_group="control")
@@ -100,12 +105,12 @@ class LearnerRank:
     @_told
     def step(self, plan: StepPlan) -> RankReport:
         """Fetches the payloads of the plan and trains on it."""
-        return self.learner.step(plan, self._sequences(plan))
+        return self.learner.step(plan, *self._sequences(plan))
 
     @_told
     def holdout(self, plan: StepPlan) -> RankReport:
         """The objective on the plan's groups, without gradient."""
-        return self.learner.holdout(plan, self._sequences(plan))
+        return self.learner.holdout(plan, self._sequences(plan)[0])
 
     @_told
     def score(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
@@ -118,21 +123,26 @@ class LearnerRank:
         self.learner.configure(config)
         self.config = config
 
-    def _sequences(self, plan: StepPlan) -> list[list[TokenSequence]]:
-        """This rank's sequences of each mini-batch, payloads fetched."""
-        groups = [group for mini in plan.minis for group in mini]
-        refs = [g.payload for g in groups if g.payload is not None]
+    def _sequences(self, plan: StepPlan) -> tuple[list[list[TokenSequence]], list[Blame]]:
+        """This rank's sequences of each mini-batch, payloads fetched, and the groups whose payload is lost, which are left
+        out."""
+        groups = [group for mini in plan.minis for group in mini if group.payload is not None]
         with self.progress.during("step, fetching answers"):
-            fetched = ray.get(refs, timeout=self.config.learner.deadline_s)
-        payloads: dict[Any, Group] = dict(zip(refs, fetched, strict=True))
-        return [
+            fetched = _fetch([g.payload for g in groups], self.config.learner.deadline_s)
+        payloads: dict[GroupKey, Group] = {
+            g.key: payload for g, payload in zip(groups, fetched, strict=True) if payload is not None
+        }
+        lost = {g.key for g in groups} - payloads.keys()
+        minis = [
             [
                 sequence
                 for index, train in enumerate(mini)
-                for sequence in materialise(train, payloads.get(train.payload), index=index)
+                if train.key not in lost
+                for sequence in materialise(train, payloads.get(train.key), index=index)
             ]
             for mini in plan.minis
         ]
+        return minis, [Blame(key, LOST) for key in sorted(lost)]
 
     def announce(self, version: Version, members: list[Member], transport: str) -> Offer | None:
         """Rank 0, before ``publish``: what ``members`` need to fetch a version while it is gathered. A transport that cannot
@@ -186,15 +196,24 @@ class LearnerRank:
         self.backend.wake()
 
     @_told
-    def save(self, folder: str) -> None:
-        """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume)."""
-        root = Path(folder)
-        zero_files.save_model(self.backend, root / "model", self.model_path, self.config.weights.bucket_bytes)
-        zero_files.save_state(self.backend, root / "state", self.learner.state())
+    def capture(self, folder: str) -> None:
+        """Copies what belongs to this step boundary to host memory, for ``write``."""
+        self._captured = None
+        stretch_bytes = self.config.weights.bucket_bytes
+        self._captured = zero_files.capture(self.backend, Path(folder), stretch_bytes, self.learner.state())
+
+    @ray.method(concurrency_group="files")
+    def write(self) -> zero_files.Written:
+        """Writes ``folder/model`` (Hugging Face, safetensors, tokenizer) and ``folder/state`` (to resume) of what ``capture``
+        copied, while the rank goes on."""
+        captured, self._captured = self._captured, None
+        assert captured is not None, "capture comes first"
+        with self.progress.beside():
+            return zero_files.write(captured, self.backend, self.model_path)
 
     @_told
     def load(self, folder: str) -> None:
-        """Restores what ``save`` wrote."""
+        """Restores what ``write`` wrote."""
         self.learner.load_state(zero_files.load_state(self.backend, Path(folder) / "state"))
 
     def close(self) -> None:
@@ -206,3 +225,20 @@ class LearnerRank:
 def model_dtype(config: Config, device: str) -> torch.dtype:
     name = config.learner.dtype
     return getattr(torch, ("bfloat16" if device == "cuda" else "float32") if name == "auto" else name)
+
+
+def _fetch(refs: list[Any], deadline_s: float) -> list[Group | None]:
+    """What is behind the references, None where it died with its node. Raises ray's GetTimeoutError."""
+    try:
+        return list(ray.get(refs, timeout=deadline_s))
+    except ray.exceptions.ObjectLostError:
+        at_hand = set(ray.wait(refs, num_returns=len(refs), timeout=FETCH_AGAIN_S)[0])
+        return [_fetch_one(ref) if ref in at_hand else None for ref in refs]
+
+
+def _fetch_one(ref: Any) -> Group | None:
+    try:
+        group: Group = ray.get(ref, timeout=FETCH_AGAIN_S)
+        return group
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+        return None

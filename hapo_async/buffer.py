@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hapo_async.errors import RunError
+from hapo_async.lineage import Lineage
 from hapo_async.sequences import TrainGroup
 from hapo_async.types import GatedGroup, GroupHeader, GroupKey
 
@@ -71,6 +72,17 @@ class Buffer:
         expired = [g for g in self._groups if self.staleness(g, step) > max_staleness]
         self._groups = [g for g in self._groups if self.staleness(g, step) <= max_staleness]
         return expired
+
+    def take_discarded(self, lineage: Lineage) -> list[Ready]:
+        """Removes and returns the groups that a discarded version had a part in."""
+        gone = [g for g in self._groups if lineage.discards(g.header)]
+        self._groups = [g for g in self._groups if not lineage.discards(g.header)]
+        return gone
+
+    @property
+    def keys(self) -> list[GroupKey]:
+        """Of all groups that wait."""
+        return [g.key for g in self._groups]
 
     def oldest_steps(self) -> list[int]:
         """The version step of each waiting group's oldest token (demonstrations have none)."""

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from hapo_async import __version__
+from hapo_async import __version__, secrets
 from hapo_async.errors import ConfigError, RunError, UserError
+from hapo_async.files import parse_json, read_regular
+from hapo_async.status import lines
+from hapo_async.terminal import Terminal
 from hapo_async.words import plural
 
 app = typer.Typer(
@@ -26,15 +28,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Terminal(soft_wrap=True, highlight=False)
+err = Terminal(stderr=True, soft_wrap=True, highlight=False)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
-    """Entry point: turns errors into exit codes."""
+    """Entry point: turns errors into exit codes. Nothing that is printed or logged holds a secret."""
+    with secrets.guarded():
+        _main()
+
+
+def _main() -> None:
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU and warn that there is none
     logging.basicConfig(
@@ -238,7 +245,10 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: 
     path = run / "status.json"
     if not path.exists():
         raise ConfigError(f"{str(path)!r} does not exist: {str(run)!r} is not the folder of a run that has started.")
-    state = json.loads(path.read_text())
+    try:
+        state = parse_json(read_regular(path, 16 << 20))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}.") from None
     if state["state"] == "running" and not psutil.pid_exists(state["pid"]):
         state["state"] = f"dead: its driver (pid {state['pid']}) is gone; the same command continues it"
     if as_json:
@@ -249,15 +259,8 @@ def status(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: 
         out.print(f"{state['state']}: answers to {answers['done']} of {plural(answers['of'], 'prompt')}")
         out.print(answers["folder"], markup=False)
         return
-    out.print(f"{state['state']}: step {state['step']} of {state['steps']}, version {state['version']}")
-    out.print("ledger: " + ", ".join(f"{k} {v}" for k, v in state["ledger"].items()))
-    for g in state["generators"]:
-        out.print(f"{g['name']}: {g['state']}, serves {g['version']}, {plural(g['groups'], 'group')}")
-    if told := state.get("scaling"):
-        wanted = ", ".join(f"{key}={count}" for key, count in told["wanted"].items())
-        out.print(f"scale {wanted}: {told['state']}: {told['line']}", markup=False)
-    if state["advice"]:
-        out.print(state["advice"], markup=False)
+    for line in lines(state):
+        out.print(line, markup=False, highlight=False)
 
 
 @app.command()

@@ -68,3 +68,8 @@ class EarlyStop:
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint; the patience is the configuration's."""
         return {k: v for k, v in asdict(self).items() if k != "patience"}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """What ``state`` told; nothing of it: as before the first evaluation."""
+        fresh = EarlyStop(self.patience, **state)
+        self.best, self.best_step, self.waited = fresh.best, fresh.best_step, fresh.waited

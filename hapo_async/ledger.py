@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ class Place(enum.StrEnum):
     TO_RETRY = "to_retry"
     TRAINED = "trained"
     DROPPED = "dropped"
+
+
+_ENDED = (Place.TRAINED, Place.DROPPED)
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Ledger:
         self._entries: dict[tuple[int, str], _Entry] = {}
         self._counts: Counter[Place] = Counter()
         self.dropped_reasons: Counter[str] = Counter()
+        self.discarded_lineage = 0  # groups of versions that a restart gave up, so far
 
     def issue(self, epoch: int, uid: str) -> GroupKey:
         """A new attempt: the first one of a prompt, or the next one of a prompt that waits to be retried."""
@@ -94,6 +99,11 @@ class Ledger:
         entry.detail = str(step)
         self._move(entry, Place.TRAINED)
 
+    def is_buffered(self, key: GroupKey) -> bool:
+        """Whether this attempt waits in the buffer."""
+        entry = self._entries.get((key.epoch, key.uid))
+        return entry is not None and entry.attempt == key.attempt and entry.place is Place.BUFFERED
+
     def order(self, key: GroupKey) -> int:
         """Position in the order of first issue."""
         return self._entries[key.epoch, key.uid].order
@@ -129,20 +139,45 @@ class Ledger:
         """What a checkpoint holds. Raises LedgerError rather than commit counts that are wrong."""
         self.check(recount=True)
         rows = [[e, u, str(x.place), x.attempt, x.detail, dict(x.tries)] for (e, u), x in self._entries.items()]
-        return {"entries": rows, "dropped_reasons": dict(self.dropped_reasons)}
+        return {
+            "entries": rows,
+            "dropped_reasons": dict(self.dropped_reasons),
+            "discarded_lineage": self.discarded_lineage,
+        }
 
     @classmethod
-    def resumed(cls, state: dict[str, Any]) -> Ledger:
-        """The ledger after a restart: what was in flight or buffered waits to be issued again."""
+    def resumed(cls, state: dict[str, Any], buffered: Collection[GroupKey] = ()) -> Ledger:
+        """The ledger after a restart: what was in flight or buffered waits to be issued again, but for groups of ``buffered``
+        that were so: they are there again."""
         ledger = cls()
         for order, (epoch, uid, place, attempt, detail, tries) in enumerate(state["entries"]):
             where = Place(place)
-            if where in (Place.IN_FLIGHT, Place.BUFFERED):
+            kept = where is Place.BUFFERED and GroupKey(epoch, uid, attempt) in buffered
+            if where in (Place.IN_FLIGHT, Place.BUFFERED) and not kept:
                 where = Place.TO_RETRY
             ledger._entries[epoch, uid] = _Entry(where, attempt, order, detail, Counter(tries))
             ledger._counts[where] += 1
         ledger.dropped_reasons.update(state["dropped_reasons"])
+        ledger.discarded_lineage = int(state.get("discarded_lineage", 0))
         return ledger
+
+    def roll_back(self, state: Mapping[str, Any], keep: Collection[GroupKey]) -> int:
+        """Goes back to what ``state_dict`` said, while attempts go on counting, so that whatever is still on its way stays
+        fenced: what was trained or dropped then is so again, groups of ``keep`` stay in flight or buffered, and
+        everything else that has been issued waits to be issued again. Returns how many trained groups that undid."""
+        ended = {(e, u): (Place(place), detail) for e, u, place, _, detail, _ in state["entries"]}
+        undone = 0
+        for where, entry in self._entries.items():
+            place, detail = ended.get(where, (Place.TO_RETRY, ""))
+            if place in _ENDED:
+                self._move(entry, place)
+                entry.detail = detail
+            elif entry.place in _ENDED or GroupKey(*where, entry.attempt) not in keep:
+                undone += entry.place is Place.TRAINED
+                self._move(entry, Place.TO_RETRY)
+        self.dropped_reasons = Counter(state["dropped_reasons"])
+        self.check(recount=True)
+        return undone
 
     def waiting(self) -> list[tuple[int, str]]:
         """(epoch, uid) of the prompts that wait to be issued again, oldest first."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hapo_async.append import Appender, replace_whole
+from hapo_async.board import Board
 from hapo_async.bottleneck import bottleneck
 
 METRICS_FILE = "metrics.jsonl"
@@ -120,7 +122,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("time/wait_for_weights_s", "s", "Generators had room but had to wait for newer weights; mean over generators."),
     ("time/sync_s", "s", "The learner gathered and handed out new weights."),
     ("time/eval_s", "s", "Training stood still for an evaluation."),
-    ("time/checkpoint_s", "s", "Training stood still for a checkpoint."),
+    ("time/checkpoint_s", "s", "Training stood still to capture a checkpoint, or for the one before to be written."),
     ("time/canary_s", "s", "Training stood still while the learner scored the canary's sequences."),
     ("time/generate_s", "s", "From issuing a group to its last answer; mean over the step's groups."),
     ("time/verify_s", "s", "From a group's last answer to its verdicts, queueing included; mean over groups."),
@@ -208,6 +210,7 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
         "updates",
         "Optimizer updates skipped because their gradient norm was above skip_grad_norm.",
     ),
+    ("train/poisoned", "groups", "Groups that made an update impossible: dropped and quarantined."),
     ("train/micro_batches", "", "Micro-batches per rank, dummies included."),
     ("train/padding_frac", "share", "Padding among the tokens that the learner computed."),
     ("train/epoch", "epochs", "Epoch of the newest prompt."),
@@ -218,17 +221,28 @@ _DECLARED: tuple[tuple[str, str, str], ...] = (
     ("ledger/in_flight", "prompts", "Prompts being generated or verified."),
     ("ledger/buffered", "prompts", "Prompts complete and waiting for the learner."),
     ("ledger/to_retry", "prompts", "Prompts that will be issued again."),
+    (
+        "ledger/discarded_lineage",
+        "groups",
+        "Groups of versions that restarts of the learner gave up; none was trained.",
+    ),
     # The rest
     ("verify/p50_s", "s", "Median time of one judgement."),
+    ("verify/p99_s", "s", "99th percentile of the times of judgements, all tries together."),
     ("verify/queue", "groups", "Groups waiting for verdicts when the step ended."),
     ("verify/unparseable", "answers", "Answers without a readable result, in this step."),
     ("verify/timeout", "answers", "Judgements killed at their deadline, in this step."),
     ("verify/oom", "answers", "Judgements that ran out of memory, in this step."),
     ("verify/crash", "answers", "Judgements whose verifier crashed, in this step."),
+    ("verify/charged", "answers", "Timeouts, ooms and crashes that the answer pays for, with reward 0, in this step."),
+    ("verify/masked", "answers", "Answers that were not judged, because judge or prompt are to blame, in this step."),
     ("scale/generators", "", "Generators that are alive, one that is lent to an evaluation included."),
     ("scale/verifiers", "", "Verifiers that serve."),
     ("scale/learners", "", "Learner ranks."),
-    ("scale/restarts", "", "Generators and verifiers that had died and were started again."),
+    ("scale/restarts", "", "Actors that had died and were started again: generators, verifiers, the learner."),
+    ("actors/{state}", "", "Actors that are healthy, suspect, dead, restarting, stale or retired."),
+    ("checkpoint/write_s", "s", "Writing a checkpoint to disk beside training, of those that ended in this step."),
+    ("checkpoint/failed", "", "Checkpoints that could not be written, in this step; three in a row end the run."),
     ("watchdog/alarms", "", "Times in this step that an actor, or the whole run, stood still though it had work."),
     ("perf/mfu", "share", "Floating-point operations of learning over what the devices can do."),
     ("perf/memory_bytes", "bytes", "Peak memory of a learner rank."),
@@ -272,24 +286,31 @@ def lookup(name: str) -> Metric:
 
 
 class Writer:
-    """Writes one row per learner step to ``metrics.jsonl`` and TensorBoard. Flushed each step; a context manager.
+    """Writes one row per learner step to ``metrics.jsonl`` and TensorBoard. Flushed each step; a context manager. A disk that is
+    full stops neither: see ``Appender`` and ``Board``.
 
     purge_step: the first step that does not count any more (a resume continues before it): its rows and all later ones
     move to ``discarded/`` and TensorBoard hides them.
     """
 
     def __init__(self, run_dir: str | Path, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and readers of rows do not need it
-
         self.folder = Path(run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._open(purge_step)
+        self._held_s = 0.0  # by the evaluation or checkpoint of the row before
+
+    def _open(self, purge_step: int | None) -> None:
         path = self.folder / METRICS_FILE
         _repair(path)
         if purge_step is not None:
             discard(path, purge_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
-        self._held_s = 0.0  # by the evaluation or checkpoint of the row before
+        self._file = Appender(path)
+        self._board = Board(self.folder / TENSORBOARD_FOLDER, purge_step)
+
+    def roll_back(self, purge_step: int) -> None:
+        """Goes on before ``purge_step``, whose row and all later ones do not count any more."""
+        self.close()
+        self._open(purge_step)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> dict[str, Any]:
         """Appends the row {step, time, bottleneck, advice, metrics...} and returns it.
@@ -307,18 +328,16 @@ class Writer:
         if verdict.component:
             row |= {"bottleneck": verdict.component, "advice": verdict.advice}
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
-        if verdict.component:
-            self._board.add_text("bottleneck", verdict.advice, step)
-        self._board.flush()
+        self._file.add(json.dumps(row, allow_nan=False))
+        self._board.write(step, numbers, verdict.advice if verdict.component else "")
         return row
+
+    def sync(self) -> None:
+        """Rows that were written are on disk for good. Raises OSError."""
+        self._file.sync()
 
     def close(self) -> None:
         if not self._file.closed:
-            os.fsync(self._file.fileno())
             self._file.close()
             self._board.close()
 
@@ -348,9 +367,7 @@ def discard(path: Path, purge_step: int) -> None:
     folder.mkdir(exist_ok=True)
     with (folder / path.name).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(r) + "\n" for r in gone)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] < purge_step), encoding="utf-8")
-    fresh.replace(path)
+    replace_whole(path, "".join(json.dumps(r) + "\n" for r in rows if r["step"] < purge_step))
 
 
 # --------------------------------------------------------------------------------------------------------------------

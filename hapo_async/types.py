@@ -219,7 +219,7 @@ class GroupHeader:
 
     answer_steps: the oldest ``Version.step`` of each answer, -1 where it holds no policy token. ``oldest`` and
     ``newest`` are None only for a group without any policy token (demonstrations alone, or handed over before the first
-    token): it has no age.
+    token): it has no age. ``versions``: all that wrote a token, in their order.
     """
 
     key: GroupKey
@@ -231,6 +231,7 @@ class GroupHeader:
     prompt_length: int
     generator: str
     seconds: float
+    versions: tuple[Version, ...] = ()
 
     @classmethod
     def of(cls, group: Group, seconds: float) -> GroupHeader:
@@ -245,12 +246,13 @@ class GroupHeader:
             prompt_length=len(group.prompt_tokens),
             generator=group.generator,
             seconds=seconds,
+            versions=tuple(sorted(set(versions))),
         )
 
 
 class Verdict(enum.StrEnum):
-    """What a verifier says. Only CORRECT and WRONG (and UNPARSEABLE, a wrong answer without a readable result) judge
-    the answer; the others are failures of the judge and never become a reward."""
+    """What a verifier says. CORRECT, WRONG and UNPARSEABLE (a wrong answer without a readable result) judge the answer; the
+    others are failures of the judge, and ``Fault`` says who pays for them."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -259,24 +261,52 @@ class Verdict(enum.StrEnum):
     OOM = "oom"
     CRASH = "crash"
 
-    @property
-    def is_judged(self) -> bool:
-        return self in (Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE)
+
+FAILURES = frozenset((Verdict.TIMEOUT, Verdict.OOM, Verdict.CRASH))
+
+
+class Fault(enum.StrEnum):
+    """Who pays for a timeout, an oom or a crash (``hapo_async.verify.attribution``).
+
+    ANSWER: it fells its judge, again and again, and a benign one does not: reward 0. JUDGE: a benign answer fails as well.
+    PROMPT: its truth cannot be judged, whatever the answer. PLUGIN: a reward function of the user's that chose not to judge.
+    All but ANSWER are masked. NONE: nobody yet, or nothing failed.
+    """
+
+    NONE = ""
+    ANSWER = "answer"
+    JUDGE = "judge"
+    PROMPT = "prompt"
+    PLUGIN = "plugin"
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict with its reward; ``reward`` is None exactly when the verdict judges nothing."""
+    """A verdict with its reward. ``reward`` is None exactly when the answer was not judged: it is masked. A failure that is
+    charged to the answer keeps its verdict and has reward 0. seconds: all tries together."""
 
     verdict: Verdict
     reward: float | None
     components: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     detail: str = ""
+    fault: Fault = Fault.NONE
 
     def __post_init__(self) -> None:
-        if self.verdict.is_judged == (self.reward is None):
+        failed = self.verdict in FAILURES
+        if (self.reward not in (None, 0.0)) if failed else (self.reward is None):
             raise ValueError(f"verdict {self.verdict} cannot carry reward {self.reward}")
+
+    @property
+    def is_judged(self) -> bool:
+        return self.reward is not None
+
+    @property
+    def tally(self) -> tuple[str, ...]:
+        """What it counts as: its verdict; also ``masked`` where it is not judged, ``charged`` where the answer pays."""
+        if not self.is_judged:
+            return (str(self.verdict), "masked")
+        return (str(self.verdict), "charged") if self.verdict in FAILURES else (str(self.verdict),)
 
 
 @dataclass(frozen=True)
@@ -326,7 +356,7 @@ class GatedGroup:
     @property
     def judged(self) -> np.ndarray:
         """bool [G]."""
-        return np.array([j.verdict.is_judged for j in self.judgements])
+        return np.array([j.is_judged for j in self.judgements])
 
 
 def _cat(parts: list[np.ndarray], dtype: Any) -> np.ndarray:

@@ -65,6 +65,12 @@ class BesideTraining:
         rows, self._rows = self._rows, []
         return rows
 
+    async def forget(self, step: int) -> None:
+        """Evaluations of later steps are given up: those steps are made anew."""
+        if self._step > step:
+            await self.close()
+        self._rows = [row for row in self._rows if row[0] <= step]
+
     async def drain(self) -> None:
         """Waits for the evaluation that is running: before a barrier, and before the run ends. Every call that it waits for
         has a deadline."""
@@ -79,5 +85,5 @@ class BesideTraining:
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
         if self._running.cancelled():
-            log.warning("the evaluation of step %d is given up: the run ends", self._step)
+            log.warning("the evaluation of step %d is given up", self._step)
             self._rows.append((self._step, {"eval/given_up": 1.0}))

@@ -56,10 +56,11 @@ class Distribution:
         config: Config,
     ) -> None:
         self.on_installed: list[Installed] = []
-        self.failed = 0  # installs, since the journal last looked
+        self.failed = 0  # fetches and installs, since the journal last looked
         self.admit: Callable[[Sequence[Member]], Awaitable[None]] = _nobody  # lets newcomers fetch what is there
         self._ask, self._serving, self._fail, self._moved = ask, serving, fail, moved
         self._deadline_s = config.weights.deadline_s + GRACE_S
+        self._install_s = 2 * config.weights.deadline_s + GRACE_S  # to fetch it, and to take it in
         self._offers: list[Offer] = []  # of the newest version
         self.is_leaving = False  # a version has been announced and is not published yet
         self._invited: set[Member] = set()  # those that the learner knows
@@ -109,6 +110,7 @@ class Distribution:
             await self._ask(generator, "receive", self._deadline_s, offer)
         except CallFailed as error:
             log.warning("%s could not fetch version %s: %s", generator.name, offer.version, error)
+            self.failed += 1
             self._miss(generator, offer)
             if error.gone:
                 self._give_up(generator, error)
@@ -182,7 +184,7 @@ class Distribution:
         """One try. After a few, somebody has to gather the version once more, since its bytes may be damaged where they come
         from; when that does not help either, and when the generator is gone, it is taken out of service."""
         try:
-            generator.last_install = await self._ask(generator, "install", self._deadline_s, offer)
+            generator.last_install = await self._ask(generator, "install", self._install_s, offer)
         except CallFailed as error:
             generator.failures += 1
             self.failed += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from hapo_async.config import Config
 from hapo_async.driver.distribution import Distribution
 from hapo_async.driver.generators import Generator, Replacements
 from hapo_async.driver.starter import ACTOR_OPTIONS, Starter
+from hapo_async.driver.turns import everyone
 from hapo_async.errors import RunError
 from hapo_async.types import Group, GroupHeader, GroupKey, GroupRequest, Version
 
@@ -32,10 +34,10 @@ log = logging.getLogger(__name__)
 CONTROL_S = 30.0
 PROBE_S = 5.0  # how long a generator has to say that it is there, once something went wrong
 CLOSE_S = 20.0
-REFUSED_S = 0.2  # between two tries of something that a generator refuses
 
 START_S = 300.0
 HEARTBEAT = "stats"
+NAMES_KEPT = 32  # of those that have left
 
 
 class Fleet:
@@ -47,8 +49,9 @@ class Fleet:
         self.changed = changed
         self.upkeep: Replacements | None = None  # nobody is replaced
         self.starter: Starter | None = None
+        self.retired: deque[str] = deque(maxlen=NAMES_KEPT)
         self._calls = Calls()
-        self.weights = Distribution(self._ask, lambda: self.taking, self.mark_failed, self._weights_moved, config)
+        self.weights = Distribution(self.ask, lambda: self.taking, self.mark_failed, self._weights_moved, config)
         self.weights.on_installed.append(self._installed)
         self._moved = asyncio.Event()  # a group left a generator, a version was installed, a generator came or failed
         self._error: RunError | None = None
@@ -106,7 +109,7 @@ class Fleet:
 
     async def submit(self, generator: Generator, requests: list[GroupRequest]) -> None:
         """Hands over requests in one call, so that they enter the engine together. Raises CallFailed."""
-        await self._ask(generator, "submit", self.config.weights.deadline_s, requests)
+        await self.ask(generator, "submit", self.config.weights.deadline_s, requests)
 
     async def collect(self, generator: Generator, key: GroupKey, deadline_s: float) -> tuple[GroupHeader, Any]:
         """(header, reference to the Group). The group's tokens stay where they were made. Raises CallFailed."""
@@ -150,7 +153,7 @@ class Fleet:
 
         async def one(generator: Generator, keys: list[GroupKey]) -> None:
             try:
-                found.update(await self._ask(generator, method, CONTROL_S, keys) or {})
+                found.update(await self.ask(generator, method, CONTROL_S, keys) or {})
             except CallFailed as error:
                 log.warning("%s of %d groups failed: %s", method, len(keys), error)
 
@@ -160,7 +163,7 @@ class Fleet:
     async def hand_over(self, generator: Generator, keys: Sequence[GroupKey]) -> list[tuple[GroupHeader, Group]]:
         """Ends groups now: what each is so far, complete or not. Those that the generator does not hold are left out. Raises
         CallFailed."""
-        found: list[tuple[GroupHeader, Group]] = await self._ask(generator, "hand_over", CONTROL_S, list(keys))
+        found: list[tuple[GroupHeader, Group]] = await self.ask(generator, "hand_over", CONTROL_S, list(keys))
         return found
 
     async def score(
@@ -168,17 +171,18 @@ class Fleet:
     ) -> tuple[Version, list[np.ndarray]]:
         """(version, log-probs float32 [T] of each sequence at temperature 1), all under that one version. sequences:
         (prompt tokens, tokens [T]) each. Raises CallFailed."""
-        scored: tuple[Version, list[np.ndarray]] = await self._ask(
+        scored: tuple[Version, list[np.ndarray]] = await self.ask(
             generator, "score", self.config.generator.deadline_s, list(sequences)
         )
         return scored
 
     async def stats(self, generator: Generator, deadline_s: float) -> dict[str, Any]:
         """What the generator says of itself: ``GeneratorActor.stats``. Raises CallFailed."""
-        stats: dict[str, Any] = await self._ask(generator, "stats", deadline_s)
+        stats: dict[str, Any] = await self.ask(generator, "stats", deadline_s)
         return stats
 
-    async def _ask(self, generator: Generator, method: str, deadline_s: float, *arguments: Any) -> Any:
+    async def ask(self, generator: Generator, method: str, deadline_s: float, *arguments: Any) -> Any:
+        """Calls a method of its actor. Raises CallFailed."""
         ref = getattr(generator.actor, method).remote(*arguments)
         return await self._calls.answer(ref, deadline_s, generator.name, method)
 
@@ -197,6 +201,14 @@ class Fleet:
         self._moved.set()
         self.changed()
         self._keep_someone(f"the last one failed: {error}")
+
+    def lose(self, generator: Generator, error: CallFailed) -> None:
+        """``mark_failed`` by somebody who cannot raise: the run ends at its next look when that was the last one."""
+        try:
+            self.mark_failed(generator, error)
+        except RunError as fatal:
+            self._error = self._error or fatal
+            self._weights_moved()
 
     def _keep_someone(self, why: str) -> None:
         """Training comes first: where nobody serves, one that is lent or about to leave is taken back. Raises RunError when
@@ -241,6 +253,7 @@ class Fleet:
         """Ends a generator for good and gives its place back. What is in flight on it fails and is issued again."""
         was_alive, generator.alive = generator.alive, False
         self.generators = [g for g in self.generators if g is not generator]
+        self.retired.append(generator.name)
         if was_alive:
             await self._end(generator)
         generator.slot.release()
@@ -248,7 +261,7 @@ class Fleet:
 
     async def _end(self, generator: Generator) -> None:
         try:
-            await self._ask(generator, "close", CLOSE_S)
+            await self.ask(generator, "close", CLOSE_S)
         except CallFailed as error:
             log.warning("closing: %s", error)
         ray.kill(generator.actor)
@@ -265,29 +278,13 @@ class Fleet:
 
     async def sleep(self) -> None:
         """Every serving generator frees what it can for the learner; none has a group in flight."""
-        await self._everyone("sleep")
+        await everyone(self, "sleep")
 
     async def wake(self) -> None:
         """Undoes ``sleep``."""
-        await self._everyone("wake")
+        await everyone(self, "wake")
 
-    async def _everyone(self, method: str) -> None:
-        """One that refuses (a group that is still in flight) is asked again for a while; then it is out of service, since it
-        would be in the way. Raises RunError when no generator is left."""
-        until = time.monotonic() + CONTROL_S
-
-        async def one(generator: Generator) -> None:
-            while generator.alive:
-                try:
-                    await self._ask(generator, method, self.config.weights.deadline_s)
-                    return
-                except CallFailed as error:
-                    log.warning("%s failed: %s", method, error)
-                    if error.gone or time.monotonic() >= until:
-                        self.mark_failed(generator, CallFailed(generator.name, str(error), gone=True))
-                await asyncio.sleep(REFUSED_S)
-
-        await asyncio.gather(*(one(g) for g in self.serving))
+    # ---------------------------------------------------------------- lending
 
     async def detach(self, generator: Generator, version: Version, deadline_s: float) -> None:
         """Takes a generator out of training: it gets no new groups, finishes those that it has, installs ``version`` and

@@ -17,7 +17,7 @@ class Generator:
 
     key: what the weights' transport knows it by. outstanding: estimated tokens still to come, by group in flight on it; load:
     their sum. joining: it has started, and serves after its first install. detached: it gets no groups, and keeps its version
-    whatever is published. leaving: it gets neither groups nor versions any more.
+    whatever is published. leaving: it gets neither groups nor versions any more. suspect: it has been silent for a while.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Generator:
     joining: bool = False
     detached: bool = False
     leaving: bool = False
+    suspect: bool = False
     failures: int = 0
     last_install: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
@@ -52,7 +53,12 @@ class Generator:
         """For people."""
         if not self.alive:
             return "dead"
-        flags = (("leaving", self.leaving), ("lent", self.detached), ("joining", self.joining))
+        flags = (
+            ("suspect", self.suspect),
+            ("leaving", self.leaving),
+            ("lent", self.detached),
+            ("joining", self.joining),
+        )
         return next((name for name, is_so in flags if is_so), "healthy")
 
     def assign(self, key: GroupKey, tokens: int) -> None:
@@ -83,6 +89,10 @@ class Replacements(Protocol):
     @property
     def expected(self) -> bool:
         """Whether one is on its way."""
+
+    @property
+    def replacing(self) -> list[str]:
+        """Names of dead ones that are being replaced."""
 
     def replace(self, dead: Generator, error: CallFailed) -> None:
         """Starts another one in its place, unless that has happened too often."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,16 @@ from hapo_async.driver.judges import Judges
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.training import Trained, Trainer
 from hapo_async.live import LiveView
+from hapo_async.quarantine import QUARANTINE_FILE
 from hapo_async.rundir import RunDir
 from hapo_async.types import Group
 
 log = logging.getLogger(__name__)
 
 FETCH_DEADLINE_S = 60.0
+
+VERDICTS = ("unparseable", "timeout", "oom", "crash", "charged", "masked")
+"""What is counted of judgements: ``Judgement.tally``."""
 
 
 class Journal:
@@ -54,6 +59,7 @@ class Journal:
         self._recording: asyncio.Future[None] | None = None
         self._tokens_before: dict[Generator, int] = {}
         self.scaling: Mapping[str, Any] = {}  # the last request to scale
+        self.actors: Callable[[], list[dict[str, Any]]] = list
         self._row: Mapping[str, Any] = {}
         self._forget_idling()
 
@@ -73,6 +79,15 @@ class Journal:
         self.view.update(trained.step, row)
         self._row = row
         self.status("running", trainer)
+
+    async def roll_back(self, purge_step: int) -> None:
+        """The run goes on before ``purge_step``: what was written of it and later steps moves to ``discarded/``."""
+        with contextlib.suppress(OSError):
+            await self.settle()
+        self.writer.roll_back(purge_step)
+        rollouts.discard(self.folder.path, purge_step)
+        metrics.discard(self.folder.path / QUARANTINE_FILE, purge_step)
+        self._row = {}
 
     async def settle(self) -> None:
         """Returns when the rollouts of the last step are in their file; they are written beside the next one. Raises what
@@ -120,6 +135,7 @@ class Journal:
                     for g in self.fleet.generators
                 ],
                 "verifiers": self.judges.count,
+                "actors": self.actors(),
                 "scaling": dict(self.scaling),
                 "bottleneck": row.get("bottleneck", ""),
                 "advice": row.get("advice", ""),
@@ -164,11 +180,14 @@ class Journal:
             "staleness/dropped": trainer.expired + tally.late,
             "staleness/late": trainer.late,
             "staleness/truncated": trainer.truncated,
+            "train/poisoned": trainer.poisoned,
+            "ledger/discarded_lineage": trainer.ledger.discarded_lineage,
             "verify/queue": sum(f.stage == "verifying" for f in self.sampler.flights.values()),
-            **{f"verify/{v}": tally.verdicts.get(v, 0) for v in ("unparseable", "timeout", "oom", "crash")},
+            **{f"verify/{v}": tally.verdicts.get(v, 0) for v in VERDICTS},
             **ledger,
         }
-        trainer.expired = trainer.late = trainer.truncated = trainer.failed_transfers = self.fleet.weights.failed = 0
+        trainer.expired = trainer.late = trainer.truncated = trainer.poisoned = 0
+        trainer.failed_transfers = self.fleet.weights.failed = 0
         if tally.verify_s:
             out["time/verify_s"] = float(np.mean(tally.verify_s))
         if tally.generate_s:

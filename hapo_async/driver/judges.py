@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,16 @@ from hapo_async.driver import tasks
 from hapo_async.driver.restarts import Budget
 from hapo_async.driver.starter import ACTOR_OPTIONS
 from hapo_async.errors import RunError
-from hapo_async.types import GroupKey, Judgement, Prompt
+from hapo_async.types import Fault, GroupKey, Judgement, Prompt
 
 log = logging.getLogger(__name__)
 
 START_S = 120.0
 CLOSE_S = 10.0
 LOOK_S = 0.2
+NAMES_KEPT = 32  # of those that have left
+TRIES = 4  # judgements that one answer may cost: two tries and two benign ones
+MOST_FAILURES = 20  # judgements in a row, and at least two groups, that failed by the judges' own fault
 
 
 @dataclass(eq=False)
@@ -61,6 +65,8 @@ class Judges:
         self._judges = {name: _Judge(name, actor) for name, actor in actors.items()}
         self._numbers = itertools.count(len(actors))
         self._calls = Calls()
+        self._failures = 0
+        self.retired: deque[str] = deque(maxlen=NAMES_KEPT)
         self._budgets: dict[str, Budget] = {}
         self._expected: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -96,6 +102,11 @@ class Judges:
         """Those in service."""
         return list(self._judges)
 
+    def lose(self, name: str, error: CallFailed) -> None:
+        """Takes a silent one out of service; its groups go to others."""
+        if (judge := self._judges.get(name)) is not None:
+            self._lose(judge, error)
+
     async def stats(self, name: str, deadline_s: float) -> dict[str, Any]:
         """What a verifier says of itself: ``VerifierActor.stats``. Raises CallFailed."""
         if (judge := self._judges.get(name)) is None:
@@ -106,17 +117,19 @@ class Judges:
     async def judge(self, payload: Any, prompt: Prompt, answers: int, key: GroupKey | None = None) -> list[Judgement]:
         """One judgement per answer of the group behind ``payload``; ``key`` names it to those who ask what is pending.
 
-        The deadline covers all answers that the verifier has before it, judged one after the other, each tried again.
-        Raises CallFailed when the group cannot be judged though a verifier answers (its payload is lost, a worker does
-        not start), RunError when no verifier is left and none is on its way.
+        The deadline covers all answers that the verifier has before it, judged one after the other, each tried again and
+        followed by two benign ones (``verify.attribution``). Raises CallFailed when the group cannot be judged though a
+        verifier answers (its payload is lost, a worker does not start), RunError when no verifier is left and none is on
+        its way, or when too many judgements in a row failed by the judges' own fault.
         """
         while True:
             judge = await self._free()
             judge.outstanding += answers
-            deadline_s = 30.0 + 2 * judge.outstanding * self.config.verifier.timeout_s
+            deadline_s = 30.0 + TRIES * judge.outstanding * self.config.verifier.timeout_s
             try:
                 ref = judge.actor.judge.remote(payload, prompt.text, prompt.truth, prompt.verifier, dict(prompt.extra))
                 judgements: list[Judgement] = await self._calls.answer(ref, deadline_s, judge.name, "judge", key)
+                self._check(judgements)
                 return judgements
             except CallFailed as error:
                 if not error.gone:
@@ -124,6 +137,21 @@ class Judges:
                 self._lose(judge, error)
             finally:
                 judge.outstanding -= answers
+
+    def _check(self, judgements: Sequence[Judgement]) -> None:
+        """Raises RunError when nothing but the judges has failed for too long."""
+        for judgement in judgements:
+            if judgement.fault is Fault.JUDGE:
+                self._failures += 1
+            elif judgement.is_judged:
+                self._failures = 0
+        if self._failures >= max(MOST_FAILURES, 2 * len(judgements)):
+            why = next(j.detail for j in reversed(judgements) if j.fault is Fault.JUDGE)
+            raise RunError(
+                f"{self._failures} judgements in a row failed, and benign answers failed with them. The last: {why}. Look at "
+                "the verifier (hapo-async check-verifier), at what it depends on, and at verifier.timeout_s; a plug-in must "
+                "return 0.0 for an answer that it cannot read."
+            )
 
     async def _free(self) -> _Judge:
         """The one with the fewest answers before it; where there is none, the next that comes."""
@@ -203,6 +231,7 @@ class Judges:
                 return True
         if len(self._judges) < 2 or (judge := self._judges.pop(name, None)) is None:
             return False
+        self.retired.append(name)
         deadline = time.monotonic() + drain_s
         while judge.outstanding and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_S)

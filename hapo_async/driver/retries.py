@@ -52,10 +52,24 @@ class Retries:
         if count > self._most_failures:
             raise RunError(f"{count} prompts failed {MAX_REFUSALS} times each; the last: {error}")
 
+    def hopeless(self, key: GroupKey, step: int, why: str, lengths: Sequence[int]) -> None:
+        """The prompt's own truth fells every judge: whatever is sampled for it, nothing will come of it."""
+        self._ledger.drop(key, "unjudgeable")
+        self.quarantine.add(key, step, f"unjudgeable: {why}", 1, lengths)
+
     def recalled(self, key: GroupKey) -> None:
         """A group that is not wanted now. Nobody is to blame."""
         self._ledger.retry(key, "recalled")
         self._queue.append((key.epoch, key.uid))
+
+    def lost(self, key: GroupKey) -> None:
+        """A complete group died with the node that held it."""
+        self._ledger.retry(key, "lost")
+        self._queue.append((key.epoch, key.uid))
+
+    def look_again(self) -> None:
+        """The ledger went back to a checkpoint: what waits to be issued is what it says."""
+        self._queue = deque(self._ledger.waiting())
 
     def late(self, key: GroupKey, reason: str) -> int:
         """A group would grow, or has grown, too old. Returns how often this prompt was; at MAX_LATE it is dropped."""

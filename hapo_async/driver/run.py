@@ -7,12 +7,13 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors import placement
+from actors.learner import LearnerGone
 from hapo_async import checkpoint, metrics, rollouts
 from hapo_async.buffer import Buffer
 from hapo_async.data import PromptStream
@@ -23,8 +24,10 @@ from hapo_async.driver.checkpoints import Checkpoints
 from hapo_async.driver.evaluation import Evaluator
 from hapo_async.driver.generators import Generator
 from hapo_async.driver.journal import Journal
+from hapo_async.driver.measuring import Measuring
 from hapo_async.driver.offline import Offline
 from hapo_async.driver.outcome import Outcome, outcome_rows
+from hapo_async.driver.recovery import Recovery
 from hapo_async.driver.resuming import (
     already_done,
     copy_model,
@@ -32,20 +35,23 @@ from hapo_async.driver.resuming import (
     find_checkpoint,
     open_stream,
     refuse_another_run,
+    waiting_groups,
 )
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.scaling import Scaler
 from hapo_async.driver.setup import Prepared, check_libraries
+from hapo_async.driver.supervision import Supervision
 from hapo_async.driver.training import StepTimes, Trained, Trainer
 from hapo_async.driver.upkeep import Upkeep
 from hapo_async.driver.watchdog import Watchdog
 from hapo_async.errors import RunError
 from hapo_async.events import EVENTS_FILE, Events
+from hapo_async.guardian import Guardian
 from hapo_async.ledger import Ledger
 from hapo_async.live import LiveView
 from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
 from hapo_async.report import page as report
-from hapo_async.rundir import RunDir
+from hapo_async.rundir import RunDir, in_words
 from hapo_async.types import Version
 
 __all__ = ["Outcome", "outcome_rows", "train"]
@@ -57,7 +63,7 @@ T = TypeVar("T")
 
 def train(prepared: Prepared) -> Outcome:
     """Runs to the end. Raises UserError before anything started, RunError after."""
-    with RunDir(prepared.config) as folder:
+    with RunDir(prepared.config) as folder, in_words(folder.path):
         resumed = find_checkpoint(prepared.config, folder)
         if resumed:
             refuse_another_run(prepared.config, folder)
@@ -69,14 +75,20 @@ def train(prepared: Prepared) -> Outcome:
             return replace(already_done(folder, resumed), note=early_note(folder, offline))
         folder.write_config()
         actors = prepared.config.generator.count + prepared.config.learner.ranks
-        cluster = placement.join(actors)
-        try:
-            check_libraries(prepared.config, cluster.device == "cuda")
-            return asyncio.run(_Run(prepared, folder, cluster, resumed, stream, offline).go())
-        finally:
-            cluster.stop()
-            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
-                report.write(folder.path)
+        with Guardian(folder.path) as guardian:
+            cluster = placement.join(actors)
+            try:
+                guardian.tell(cluster.pids)
+                check_libraries(prepared.config, cluster.device == "cuda")
+                return asyncio.run(_Run(prepared, folder, cluster, resumed, stream, offline).go())
+            except asyncio.CancelledError:
+                raise RunError(
+                    "ended at once by a second signal; the same command continues from its checkpoint"
+                ) from None
+            finally:
+                cluster.stop()
+                with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+                    report.write(folder.path)
 
 
 class _Run:
@@ -101,9 +113,6 @@ class _Run:
         self._preparing: asyncio.Future[None] | None = None
         self._stopped = asyncio.Event()
         self.began = time.monotonic()
-        self.first_evals: dict[str, float] = {}
-        self.last_evals: dict[str, float] = {}
-        self._evaluated: int | None = None  # the newest step that was evaluated under one version
 
     async def go(self) -> Outcome:
         self._build_flow()
@@ -123,7 +132,11 @@ class _Run:
             self.journal = Journal(
                 self.config, self.folder, writer, view, self.fleet, self.judges, self.sampler, self.began
             )
+            self.measuring = Measuring(
+                self.trainer, self.evaluator, self.beside, self.journal, self._stopped, self.offline
+            )
             self._start_upkeep(stack)
+            self.checkpoints.synced = writer.sync
             try:
                 with self._signals():
                     await self._train()
@@ -135,9 +148,8 @@ class _Run:
             finished = not self.trainer.stopping
             seconds = self.journal.elapsed_s()
             self.journal.status("done" if finished else "stopped", self.trainer)
-        return Outcome(
-            self.folder.path, self.trainer.version.step, finished, seconds, self.first_evals, self.last_evals, self.note
-        )
+        first, last = self.measuring.first, self.measuring.last
+        return Outcome(self.folder.path, self.trainer.version.step, finished, seconds, first, last, self.note)
 
     @property
     def note(self) -> str:
@@ -150,13 +162,19 @@ class _Run:
     def _build_flow(self) -> None:
         p, c = self.prepared, self.config
         state = self.resumed.driver if self.resumed else None
-        self.ledger = Ledger.resumed(state["ledger"]) if state else Ledger()
+        prompts = self.stream.by_uid()
+        waiting = waiting_groups(c, self.resumed, prompts)
+        self.ledger = Ledger.resumed(state["ledger"], {g.key for g in waiting}) if state else Ledger()
         step = self.resumed.step if self.resumed else 0
         self.version = Version(self.folder.next_incarnation(), step)
         self.buffer = Buffer(c.most_untrained, self.ledger.order)
-        self.sampler = Sampler(c, p.algorithm, p.options, self.stream, self.stream.by_uid(), self.ledger, self.buffer)
-        self.sampler.step = step
+        for group in waiting:
+            if self.ledger.is_buffered(group.key):
+                self.buffer.add(group)
+        self.sampler = Sampler(c, p.algorithm, p.options, self.stream, prompts, self.ledger, self.buffer)
+        self.sampler.step, self.sampler.incarnation = step, self.version.incarnation
         if state:
+            self.sampler.returns.lineage.cut(Version(self.version.incarnation - 1, step))
             self.sampler.posteriors.restore(state.get("gate", {}))
 
     async def _start_actors(self, stack: contextlib.AsyncExitStack) -> None:
@@ -175,6 +193,7 @@ class _Run:
         self.canary = Canary(c, self.prepared.prompts, self.learner, self.fleet, self._say)
         stack.push_async_callback(self.canary.close)
         self.trainer.at_publish = self.canary.at_publish
+        self.supervision = Supervision(c, self.fleet, self.judges, self.learner)
         self.watchdog = Watchdog(
             c,
             self.fleet,
@@ -185,18 +204,35 @@ class _Run:
             self.ledger,
             self.folder.path,
             self._say,
+            self.supervision,
         )
-        self.checkpoints = Checkpoints(c, self.folder, self.learner, self.sampler, self.watchdog)
+        path = self.resumed.path if self.resumed else None
+        self.checkpoints = await stack.enter_async_context(
+            Checkpoints(c, self.folder, self.learner, self.sampler, self.watchdog, self.trainer.turn, path)
+        )
         watching = asyncio.create_task(self.watchdog.run())
         stack.push_async_callback(tasks.end, watching)
 
     def _start_upkeep(self, stack: contextlib.AsyncExitStack) -> None:
-        """From now on generators and verifiers that die are replaced."""
+        """From now on who dies is replaced."""
         self.events = Events(self.folder.path, lambda: self.trainer.version.step, self._say)
         assert self.fleet.starter is not None
         self.upkeep = Upkeep(self.fleet, self.fleet.starter, self.events.add)
         stack.push_async_callback(self.upkeep.close)
-        self.judges.note = self.events.add
+        self.judges.note = self.checkpoints.note = self.events.add
+        self.recovery = Recovery(
+            self.config,
+            self.cluster,
+            self.trainer,
+            self.checkpoints,
+            self.journal,
+            self.measuring,
+            self.events.add,
+            self.folder.next_incarnation,
+            self.offline,
+        )
+        self.supervision.restarting = lambda: self.recovery.restarting
+        self.journal.actors = lambda: self.supervision.actors(self.trainer.version, self.watchdog.reading)
 
     def _say(self, text: str) -> None:
         """A line for people, above the live view."""
@@ -208,14 +244,14 @@ class _Run:
         await self.trainer.publish()
         await self.trainer.everywhere()
         if not self.resumed:
-            await self._checkpoint()  # from here on the same command continues, however the run ends
+            await self._checkpoint()
         if self.offline and not await self._prepare_answers(self.offline):
             return
-        if self.version.step == 0 and (values := await self._evaluate(0)):
-            self.first_evals = self.last_evals
-            self.journal.evaluation(0, values | (self.offline.counts() if self.offline else {}))
+        await self.checkpoints.first()  # from here on the same command continues, however the run ends
+        if self.version.step == 0:
+            await self.measuring.before()
         feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
-        training = asyncio.create_task(self.trainer.run(self._committed))
+        training = asyncio.create_task(self._to_the_end())
         scaling = asyncio.create_task(self._scaler().run())
         try:
             done, _ = await asyncio.wait({feeding, training}, return_when=asyncio.FIRST_COMPLETED)
@@ -223,7 +259,19 @@ class _Run:
                 task.result()
         finally:
             await tasks.end(scaling, feeding, training)
-        await self._finish()
+
+    async def _to_the_end(self) -> None:
+        """All steps and the final checkpoint; a learner that is lost on the way starts again."""
+        while True:
+            try:
+                await self.trainer.run(self._committed)
+                self.sampler.hold = True  # what is issued from now on nobody will train on
+                await self._finish()
+                return
+            except LearnerGone as error:
+                if self.trainer.stopping:
+                    raise
+                await self.recovery.recover(error)
 
     def _scaler(self) -> Scaler:
         def hand_over(generator: Generator) -> Awaitable[tuple[int, int]]:
@@ -254,86 +302,34 @@ class _Run:
 
     async def _committed(self, trained: Trained) -> StepTimes:
         """The step boundary: evaluation, the step's row and rollouts, then the checkpoint that seals them."""
-        c, step = self.config, trained.step
-        extra: dict[str, float] = {}
-        last = step == c.train.steps
-        if last or (c.eval.every and step % c.eval.every == 0):
-            if last or not self.beside.possible:
-                began = time.monotonic()
-                extra = await self._evaluate(step)
-                trained.times.eval += time.monotonic() - began
-            else:
-                self.beside.start(step, self.trainer.version)
-        self._take_beside()
+        train, step = self.config.train, trained.step
+        extra = await self.measuring.at(trained)
         await self.journal.step(trained, self.trainer, extra | self._taken())
         self.trainer.enough = bool(self.note)
+        self.checkpoints.check()
         times = StepTimes()
-        if c.train.checkpoint_every and step % c.train.checkpoint_every == 0 and not last:
+        if train.checkpoint_every and step % train.checkpoint_every == 0 and step < train.steps:
             await self._checkpoint()
             times.checkpoint = time.monotonic() - times.began
         return times
 
     def _taken(self) -> dict[str, float]:
         """What the parts beside the loop measured since the last step."""
-        restarts = {"scale/restarts": float(self.upkeep.take() + self.judges.take())}
-        return self.canary.take() | self.watchdog.take() | restarts
-
-    async def _evaluate(self, step: int) -> dict[str, float]:
-        """Barrier: the learner waits, and every generator serves its version. With what is held out of cached answers. Given
-        up when a signal ends the run: a grace period is short."""
-        values = await self._unless_stopped(self._answers(step))
-        if values is None:
-            return {"eval/given_up": 1.0}
-        self._evaluated = step
-        if self.offline:
-            async with self.trainer.turn():
-                values |= await self.offline.measure(self.learner, self.trainer.version)
-        return values
-
-    async def _answers(self, step: int) -> dict[str, float]:
-        await self.beside.drain()
-        self._take_beside()  # older ones first: the last evaluation is the newest
-        if not self.evaluator.sets:
-            return {}
-        await self.trainer.everywhere()
-        asking = self.evaluator.run(step, version=self.trainer.version)
-        self.last_evals = await self.trainer.attended(asking)
-        return dict(self.last_evals)
-
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What the work brings, or None where a signal came before its end."""
-        working, stopped = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
-        try:
-            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else None
-        finally:
-            await tasks.end(working, stopped)
-
-    def _take_beside(self) -> None:
-        """Rows of the evaluations that ended beside training."""
-        for step, values in self.beside.take():
-            self.journal.beside(step, values)
-            if any(name.endswith("/pass@1") for name in values):
-                self.last_evals = values
-                if self.config.evaluation_mode == "detached":
-                    self._evaluated = step
+        restarts = {"scale/restarts": float(self.upkeep.take() + self.judges.take() + self.recovery.take())}
+        states = self.supervision.metrics(self.trainer.version)
+        return self.canary.take() | self.watchdog.take() | self.checkpoints.take() | restarts | states
 
     async def _finish(self) -> None:
         """The final checkpoint and the model; an evaluation where the data ended before train.steps."""
         step = self.trainer.version.step
-        if self.trainer.stopping:
-            await self.beside.close()
-        await self.beside.drain()
-        self._take_beside()
         ended_early = step < self.config.train.steps and not self.trainer.stopping
         if ended_early and step == 0:
             raise RunError(
                 "the data ended and nothing was left to train on: "
                 + ", ".join(f"{count} prompts {why}" for why, count in self.ledger.dropped_reasons.items())
             )
-        if ended_early and self._evaluated != step and (values := await self._evaluate(step)):
-            self.journal.evaluation(step, values)
-        path = await self._checkpoint()
+        await self.measuring.at_the_end(ended_early)
+        path = await self._last_checkpoint()
         with self.watchdog.during("copies the model"):
             await asyncio.to_thread(copy_model, path / "model", self.folder.model)
 
@@ -342,14 +338,18 @@ class _Run:
         with contextlib.suppress(Exception):
             await self.journal.settle()
         with contextlib.suppress(Exception):
-            await self.beside.close()
-            self._take_beside()
+            await self.measuring.give_up()
 
-    async def _checkpoint(self) -> Path:
-        await self.journal.settle()  # what a manifest seals is on disk by then
-        more = {"offline": self.offline.early.state()} if self.offline else {}
-        async with self.trainer.turn():
-            return await self.checkpoints.save(self.trainer.version, more)
+    async def _checkpoint(self) -> None:
+        await self.journal.settle()  # what a manifest seals is in its file by then
+        await self.checkpoints.save(self.trainer.version, self._more_state())
+
+    async def _last_checkpoint(self) -> Path:
+        await self.journal.settle()
+        return await self.checkpoints.final(self.trainer.version, self._more_state(), hurried=self.trainer.stopping)
+
+    def _more_state(self) -> dict[str, Any]:
+        return {"offline": self.offline.early.state()} if self.offline else {}
 
     # ---------------------------------------------------------------- stopping
 
@@ -362,6 +362,11 @@ class _Run:
         def stop() -> None:
             if self.trainer.stopping and current:
                 current.cancel()
+            elif not self.trainer.stopping:
+                kept = self.checkpoints.path.name if self.checkpoints.path else "none"
+                self._say(
+                    f"told to stop: a checkpoint comes after this step (so far: {kept}); a second signal ends it now"
+                )
             self.trainer.stopping = True
             self._stopped.set()
             self.sampler.wake()

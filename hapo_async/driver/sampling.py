@@ -14,9 +14,9 @@ import numpy as np
 
 from actors.calls import CallFailed
 from hapo_async import gate
-from hapo_async.admission import capacity, excess
+from hapo_async.admission import capacity
 from hapo_async.algorithms import Algorithm
-from hapo_async.buffer import Buffer, Ready
+from hapo_async.buffer import Buffer
 from hapo_async.config import Config
 from hapo_async.data import PromptStream
 from hapo_async.driver.fleet import Fleet, Generator
@@ -26,6 +26,7 @@ from hapo_async.driver.intake import Intake
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.offline import Offline
 from hapo_async.driver.retries import Retries
+from hapo_async.driver.returns import Returns
 from hapo_async.ledger import Ledger
 from hapo_async.types import GroupHeader, GroupKey, GroupRequest, Judgement, Prompt, Sampling
 
@@ -57,13 +58,15 @@ class Sampler:
         self.ledger = ledger
         self.buffer = buffer
         self.step = 0
+        self.incarnation = 0
         self.hold = False
         self.exhausted = False
         self.flights: dict[GroupKey, Flight] = {}
         self.tally = Tally()
-        self.intake = Intake(config, algorithm, options, ledger, buffer, len(stream))
-        self.posteriors = self.intake.posteriors
         self.retries = Retries(ledger, config.train.batch_prompts)
+        self.intake = Intake(config, algorithm, options, ledger, buffer, len(stream), self.retries)
+        self.posteriors = self.intake.posteriors
+        self.returns = Returns(config, ledger, buffer, self.flights, self.retries, self._start, self.wake)
         self.handover = HandOver(self.flights, ledger, self.retries, self._sampling, self.wake)
         self.offline: Offline | None = None  # the cached answers, of an offline algorithm
         self.changed = asyncio.Event()
@@ -76,6 +79,7 @@ class Sampler:
     def take_tally(self) -> Tally:
         self._clock_the_bound()
         tally, self.tally = self.tally, Tally()
+        tally.late, self.returns.given_up = self.returns.given_up, 0
         tally.late_lengths, self.retries.late_lengths = self.retries.late_lengths, Counter()
         return tally
 
@@ -152,7 +156,8 @@ class Sampler:
         """(tokens outstanding, position, generator) of those that serve and have capacity, as a heap."""
         if self._untrained >= self.config.most_untrained:
             return []  # no capacity even without any lag
-        heap = [(g.load, place, g) for place, g in enumerate(fleet.generators) if g.serves and self._capacity(g) > 0]
+        able = [(g.load, place, g) for place, g in enumerate(fleet.generators) if g.serves and self._capacity(g) > 0]
+        heap = [entry for entry in able if not entry[2].suspect] or able
         heapq.heapify(heap)
         return heap
 
@@ -162,7 +167,7 @@ class Sampler:
         return self.ledger.untrained - self.ledger.to_retry
 
     def _capacity(self, generator: Generator) -> int:
-        if generator.installed is None:
+        if generator.installed is None or generator.installed.incarnation < self.incarnation:
             return 0
         return capacity(
             max_concurrent=self.config.generator.max_concurrent,
@@ -271,7 +276,7 @@ class Sampler:
             self._give_back(fleet, generator, key, error)
             return
         self.tally.verify_s.append(time.monotonic() - began)
-        self.tally.verdicts.update(str(judgement.verdict) for judgement in judgements)
+        self.tally.verdicts.update(word for judgement in judgements for word in judgement.tally)
         if self.ledger.is_current(key):
             self._admit(header, payload, flight.prompt, judgements)
 
@@ -290,6 +295,8 @@ class Sampler:
         logp_ref: tuple[np.ndarray, ...] | None = None,
     ) -> None:
         self.flights.pop(header.key, None)
+        if self.returns.is_discarded(header):
+            return
         try:
             self.intake.admit(header, payload, prompt, judgements, self.step, logp_ref)
         finally:
@@ -305,69 +312,6 @@ class Sampler:
             return
         self.flights.pop(key, None)
         self.retries.failed(key, self.step + 1, error)
-        self.wake()
-
-    async def give_up_late(self, fleet: Fleet, keys: list[GroupKey]) -> None:
-        """Of groups that would grow too old, drops as many as hold the learner up, the oldest first: aborted, issued again
-        once, then quarantined (``dropped(late)``).
-
-        A generator counts as busy with them until it answers: one that is silent is not the first to get others.
-        """
-        keys = self._excess(keys)
-        owners = fleet.owners(keys)
-        # The books first: whatever an aborted call brings then belongs to an attempt that is over.
-        late: list[tuple[GroupKey, int, tuple[int, ...] | None]] = []
-        for key in keys:
-            flight = self.flights.pop(key, None)
-            if flight and self.ledger.is_current(key):
-                late.append((key, self.retries.late(key, "late"), flight.lengths))
-        self.tally.late += len(late)
-        self.wake()
-        # A generator that is silent must not hold up the learner as well.
-        self._start(self._abort_late(fleet, owners, late, self.step + 1))
-
-    def _excess(self, keys: list[GroupKey]) -> list[GroupKey]:
-        """The oldest of ``keys``, as few as let the learner pass; of equally old ones those that have taken longest."""
-        flights = {key: self.flights[key] for key in keys if key in self.flights}
-        count = excess(
-            [f.step for f in self.flights.values()],
-            self.buffer.oldest_steps(),
-            step=self.step,
-            max_staleness=self.config.max_staleness,
-            batch_prompts=self.config.train.batch_prompts,
-        )
-        return sorted(flights, key=lambda key: (flights[key].step, flights[key].started))[:count]
-
-    async def _abort_late(
-        self,
-        fleet: Fleet,
-        owners: dict[str, list[GroupKey]],
-        late: list[tuple[GroupKey, int, tuple[int, ...] | None]],
-        step: int,
-    ) -> None:
-        """late: key, tries, and the answers' lengths where they are complete already."""
-        lengths: Mapping[GroupKey, tuple[int, ...]] = {}
-        try:
-            lengths = await fleet.abort(owners)
-        finally:
-            for key, tries, complete in late:
-                self.retries.record_late(key, step, tries, complete or lengths.get(key))
-
-    async def recall(self, fleet: Fleet) -> None:
-        """Takes back whatever is in flight; it will be issued again."""
-        owners = fleet.owners(list(self.flights))
-        for key in list(self.flights):
-            del self.flights[key]
-            self.retries.recalled(key)
-        if owners:
-            await fleet.abort(owners)
-
-    def reissue(self, groups: list[Ready], reason: str) -> None:
-        """Buffered groups that can no longer be trained on are sampled anew, once."""
-        for group in groups:
-            self.retries.record_late(
-                group.key, self.step + 1, self.retries.late(group.key, reason), group.header.lengths
-            )
         self.wake()
 
     def _start(self, work: Any) -> None:

@@ -10,22 +10,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
 from actors.learner import LearnerGroup
 from actors.transports import Offer
-from hapo_async import advantage, batch, gate
+from hapo_async import advantage, batch
 from hapo_async.admission import overdue
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.driver import tasks
 from hapo_async.driver.distribution import GRACE_S, SNAPSHOT
 from hapo_async.driver.fleet import Fleet
+from hapo_async.driver.likeliest import choose_likeliest
 from hapo_async.driver.sampling import Sampler
 from hapo_async.errors import RunError
+from hapo_async.learner.blame import Blame
 from hapo_async.ledger import Ledger
-from hapo_async.sequences import Sequence as TokenSequence
-from hapo_async.sequences import TrainGroup, demonstration, with_teacher
 from hapo_async.types import GroupKey, Version
 from hapo_async.words import plural
 
@@ -35,7 +33,6 @@ T = TypeVar("T")
 
 WANTING_S = 0.5
 ANNOUNCE_TRIES = 5
-SCORED_AT_ONCE = 256  # sequences that travel with one call
 
 
 @dataclass
@@ -96,8 +93,16 @@ class Trainer:
         fleet.weights.admit = learner.admit
         self.at_publish: Callable[[Version], Awaitable[None]] = _nothing
         self.failed_transfers = 0  # versions, since the journal last looked
+        self.in_step: list[Ready] = []  # taken from the buffer, and not in the ledger's history yet
+        self.poisoned = 0  # groups, since the journal last looked
         self._bad_steps = 0
         self._in_turn = False
+
+    def roll_back(self, version: Version) -> None:
+        """The learner was loaded from a checkpoint: it goes on from there as ``version``."""
+        self.version, self.in_step, self._bad_steps = version, [], 0
+        self.sampler.step, self.sampler.incarnation, self.sampler.hold = version.step, version.incarnation, False
+        self.sampler.wake()
 
     async def publish(self) -> None:
         """Hands the learner's weights to the fleet under the current version."""
@@ -182,7 +187,7 @@ class Trainer:
             return
         self._in_turn, held, self.sampler.hold = True, self.sampler.hold, True
         try:
-            await self.sampler.recall(self.fleet)
+            await self.sampler.returns.recall(self.fleet)
             await self.fleet.sleep()
             await self.learner.wake()
             yield
@@ -198,11 +203,11 @@ class Trainer:
         which holds what came after the row was written."""
         times = StepTimes()
         while self.version.step < self.config.train.steps and not self.stopping and not self.enough:
-            groups = await self._next_batch(times)
+            self.in_step = groups = await self._next_batch(times)
             if not groups:
                 return
             async with self.turn():
-                groups = await self._complete(groups, times)
+                self.in_step = groups = await self._complete(groups, times)
                 learned = await self._step(groups, times)
                 if learned is None:
                     continue
@@ -213,6 +218,7 @@ class Trainer:
             self.fleet.weights.publish(offer)
             for group in groups:
                 self.ledger.train(group.key, self.version.step)
+            self.in_step = []
             self.ledger.check()
             self.sampler.step = self.version.step
             self.sampler.wake()
@@ -235,7 +241,7 @@ class Trainer:
             return []
         expired = self.buffer.take_expired(step, eta)
         self.expired += len(expired)
-        self.sampler.reissue(expired, "too old")
+        self.sampler.returns.expired(expired, step)
         if len(self.buffer) < wanted and not self.sampler.drained:
             return await self._next_batch(times)
         return self.buffer.take(wanted, step, eta)
@@ -283,7 +289,7 @@ class Trainer:
                         async with asyncio.timeout(self.config.staleness.late_deadline_s):
                             await self.fleet.truncate(self.fleet.owners(late))
                 else:
-                    await self.sampler.give_up_late(self.fleet, late)
+                    await self.sampler.returns.late(self.fleet, late, step)
         times.wait_for_stale += time.monotonic() - began
 
     def _late(self, step: int, eta: int) -> list[GroupKey]:
@@ -327,28 +333,39 @@ class Trainer:
         return groups
 
     async def _step(self, groups: list[Ready], times: StepTimes) -> dict[str, float] | None:
-        """The learner's metrics; None when the step was skipped on all ranks (non-finite), its groups dropped."""
+        """The learner's metrics; None when the step was skipped on all ranks."""
         c = self.config
         trains, pairs = [g.train for g in groups], self.sampler.options.get("pairs")
         plans = batch.plan_step(trains, c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed, pairs=pairs)
         began = time.monotonic()
         learned = await self._while_prefetching(self.learner.step(plans))
         times.learn += time.monotonic() - began
-        if not learned.pop("skipped", False):
+        skipped = learned.pop("skipped", False)
+        if skipped:
+            self.sampler.returns.unmade(groups, self.learner.blamed, self.version.step)
+        else:
             self._bad_steps = 0
             self.version = Version(self.version.incarnation, self.version.step + 1)
+        blamed = [blame for blame in self.learner.blamed if not blame.is_lost]
+        self.poisoned += len(blamed)
+        if not skipped:
+            for blame in blamed:  # of a mini-batch whose update was not made
+                self.sampler.returns.note_poisoned(blame, self.version.step - 1)
             return learned
-        self._bad_steps += 1
-        for group in groups:
-            self.ledger.drop(group.key, "skipped_step")
-        log.error("step skipped: loss or gradient not finite (%d in a row)", self._bad_steps)
-        if self._bad_steps >= c.learner.max_bad_steps:
-            raise RunError(
-                f"{plural(self._bad_steps, 'step')} in a row had a non-finite loss or gradient (learner.max_bad_steps). Lower "
-                "learner.lr, or look at the last groups in rollouts/."
-            )
-        self.sampler.wake()
+        if blamed or not self.learner.blamed:
+            self._count_bad_step(blamed)
         return None
+
+    def _count_bad_step(self, blamed: list[Blame]) -> None:
+        """Raises RunError after too many in a row."""
+        self._bad_steps += 1
+        why = "; ".join(f"group {blame.key}: {blame.reason}" for blame in blamed[:3]) or "loss or gradient not finite"
+        log.error("step skipped: %s (%d in a row)", why, self._bad_steps)
+        if self._bad_steps >= self.config.learner.max_bad_steps:
+            raise RunError(
+                f"{plural(self._bad_steps, 'step')} in a row could not be made (learner.max_bad_steps); the last: {why}. Lower "
+                "learner.lr, or look at quarantine.jsonl and the last groups in rollouts/."
+            )
 
     async def _while_prefetching(self, step: Awaitable[dict[str, float]]) -> dict[str, float]:
         """The step's result. While it computes, what will probably be the next batch is brought to the learner's nodes."""
@@ -369,31 +386,3 @@ class Trainer:
             return await stepping
         finally:
             stepping.cancel()
-
-
-async def choose_likeliest(
-    groups: list[Ready], score: Callable[[list[TokenSequence]], Awaitable[list[np.ndarray]]]
-) -> list[Ready]:
-    """The groups, each teacher row with that demonstration of its prompt whose tokens have the highest mean log-prob
-    (the first of equals). ``score`` gives the log-probs [T] of sequences under the policy; it is asked about prompts
-    with a choice and no others."""
-    choices: list[tuple[int, int, TrainGroup]] = []
-    for place, group in enumerate(groups):
-        teachers = group.gated.prompt.teachers
-        usable = gate.usable_teachers(teachers) if group.train.teacher is not None else []
-        if len(usable) > 1:
-            choices += [(place, index, with_teacher(group.train, teachers, index)) for index in usable]
-    if not choices:
-        return groups
-    asked = [demonstration(train, groups[place].gated.prompt.tokens) for place, _, train in choices]
-    parts = [asked[start : start + SCORED_AT_ONCE] for start in range(0, len(asked), SCORED_AT_ONCE)]
-    scores = [logp for part in parts for logp in await score(part)]
-    out, best = list(groups), {place: -np.inf for place, _, _ in choices}
-    for (place, index, train), logp in zip(choices, scores, strict=True):
-        mean = float(np.mean(logp, dtype=np.float64))
-        if mean > best[place]:
-            best[place] = mean
-            gated = groups[place].gated
-            decided = gated.gate if gated.gate.teacher is None else replace(gated.gate, teacher=index)
-            out[place] = Ready(replace(gated, gate=decided), train)
-    return out

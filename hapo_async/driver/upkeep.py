@@ -98,11 +98,10 @@ class Upkeep:
         member = self._current(name)
         if member is not None and member.serves:
             return name
-        if generator.alive:
-            generator.leaving = True
-            await self._fleet.dismiss(generator)
-            raise RunError(f"{name} did not install the newest weights in time")
-        raise RunError(f"{name} died before it served")
+        why = "did not install the newest weights in time" if generator.alive else "died, and was not back in time"
+        if member is not None:
+            await self._forget(member)
+        raise RunError(f"{name} {why}")
 
     async def _serving(self, name: str, deadline: float) -> None:
         """Until the member of that name serves, is given up, or the deadline has passed."""
@@ -229,7 +228,7 @@ class Upkeep:
         return True
 
     async def _forget(self, dead: Generator) -> Left:
-        """A dead one is not replaced any more."""
+        """One that is not wanted any more: neither it stays, nor what replaces it."""
         if task := self._expected.pop(dead.name, None):
             await tasks.end(task)
         if (member := self._current(dead.name)) is not None:  # by now it may have been replaced

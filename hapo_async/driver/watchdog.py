@@ -20,8 +20,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ from hapo_async.config import Config
 from hapo_async.driver import queues
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.driver.judges import Judges
+from hapo_async.driver.pulses import Actor, Incident, Pulse, Reading
 from hapo_async.driver.sampling import Sampler
+from hapo_async.driver.supervision import Supervision
 from hapo_async.ledger import Ledger
 from hapo_async.words import plural
 
@@ -43,70 +44,6 @@ ASKED_IN_SILENCE = 3  # calls to one actor in silence_s, at most
 TICKS_BETWEEN = 4  # looks at the clock between two of them
 OWN_WORK = 10  # times silence_s that the driver may take for something that nothing shows
 HEARTBEATS = ("stats", "ping")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an actor says of itself. progress: changes when it gets on. doing: for people. patience_s: what it does now may
-    take so long without anything that it counts, since it has a deadline of its own."""
-
-    progress: Any
-    doing: str
-    pid: int
-    patience_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Actor:
-    """Someone to ask, with a deadline. Of a team that waits for a silent member, only that one is named. patience_s: it may
-    work for so long without anything that it counts."""
-
-    name: str
-    ask: Callable[[float], Awaitable[Reading]]
-    team: str = ""
-    patience_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Incident:
-    """Something that stands still. since: ``time.monotonic`` of the last sign of life."""
-
-    who: str
-    state: str
-    since: float
-
-
-class Pulse:
-    """What is known of one actor; times are ``time.monotonic``.
-
-    seen: its last progress was seen then. moved: the answer before that; it may have stopped right after it, and no
-    silence shall be taken for shorter than it is. unmoved: answers since ``seen``.
-    """
-
-    def __init__(self, actor: Actor, now: float) -> None:
-        self.actor = actor
-        self.asked = -1e9
-        self.answered = self.moved = self.seen = now
-        self.unmoved = 0
-        self.reading: Reading | None = None
-        self.incident: Incident | None = None
-        self.call: asyncio.Task[None] | None = None
-
-    @property
-    def patience_s(self) -> float:
-        """How long it may go without progress that shows."""
-        return max(self.actor.patience_s, self.reading.patience_s if self.reading else 0.0)
-
-    def hear(self, reading: Reading, now: float) -> None:
-        if self.reading is None or reading.progress != self.reading.progress:
-            self.moved, self.seen, self.unmoved = self.answered, now, 0
-        else:
-            self.unmoved += 1
-        self.reading, self.answered = reading, now
-
-    def shift(self, seconds: float) -> None:
-        """Nobody listened for so long."""
-        self.answered, self.moved, self.seen = self.answered + seconds, self.moved + seconds, self.seen + seconds
 
 
 class Watchdog:
@@ -123,7 +60,9 @@ class Watchdog:
         ledger: Ledger,
         run_dir: Path,
         say: Callable[[str], None],
+        supervision: Supervision | None = None,
     ) -> None:
+        self.supervision = supervision  # nothing is done about anybody
         self.fleet, self.judges, self.learner = fleet, judges, learner
         self.sampler, self.buffer, self.ledger = sampler, buffer, ledger
         self.path = run_dir / FILE
@@ -145,6 +84,11 @@ class Watchdog:
         """Metrics of what happened since the last call."""
         new, self._taken = self.alarms - self._taken, self.alarms
         return {"watchdog/alarms": float(new)}
+
+    def reading(self, name: str) -> Reading | None:
+        """An actor's last answer."""
+        pulse = self._pulses.get(name)
+        return pulse.reading if pulse else None
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
@@ -211,11 +155,13 @@ class Watchdog:
         doing = f"{plural(s['running_groups'], 'group')} running, version {s['version']}"
         doing += ", installing another" if applying else ""
         progress = (s["tokens"], s["version"], s.get("received"), applying)
-        return Reading(progress, doing, s["pid"], self._install_s if applying else 0.0)
+        children = tuple(s.get("engine_pids", ()))
+        return Reading(progress, doing, s["pid"], self._install_s if applying else 0.0, children)
 
     async def _ask_verifier(self, name: str, deadline_s: float) -> Reading:
         s = await self.judges.stats(name, deadline_s)
-        return Reading((s["judged"], s["workers_started"]), f"judging {s['waiting']} answers", s["pid"])
+        doing, children = f"judging {s['waiting']} answers", tuple(s.get("worker_pids", ()))
+        return Reading((s["judged"], s["workers_started"]), doing, s["pid"], children=children)
 
     async def _ask_rank(self, index: int, deadline_s: float) -> Reading:
         s = await self.learner.ping(index, deadline_s)
@@ -275,6 +221,8 @@ class Watchdog:
                 pulse.incident = self._name(pulse, "frozen", silent, now)
             elif is_still and not state and not self._silent(pulse.actor.team, now):
                 pulse.incident = self._name(pulse, "stalled", still, now)
+        if pulse.incident is not None and self.supervision is not None:
+            self.supervision.lasting(pulse.incident, now)
 
     def _silent(self, team: str | None, now: float) -> list[str]:
         """The members of a team (None: all actors) that have been asked and have not answered for a while."""
@@ -290,6 +238,8 @@ class Watchdog:
         doing += f"; silent as well: {', '.join(others[:8])}" if others else ""
         incident = Incident(name, state, since)
         self._alarm(incident, doing, now, reading.pid if reading else None)
+        if self.supervision is not None:
+            self.supervision.doubt(incident)
         return incident
 
     def _judge_run(self, work: dict[str, Pending], now: float) -> None:
@@ -343,6 +293,8 @@ class Watchdog:
         self._write(incident, now, {"event": "alarm", "doing": doing, "pid": pid, "actors": told, "queues": snapshot})
 
     def _over(self, incident: Incident, how: str, now: float) -> None:
+        if self.supervision is not None:
+            self.supervision.trust(incident.who)
         self._moved = max(self._moved, now)
         self.say(f"watchdog: {incident.who} {how}, after {now - incident.since:.3g} s.")
         self._write(incident, now, {"event": "over", "how": how})

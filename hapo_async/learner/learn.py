@@ -31,6 +31,7 @@ from hapo_async.config import Config
 from hapo_async.errors import ConfigError
 from hapo_async.learner import perf, prepass
 from hapo_async.learner.backend import Anchors, Backend, Reference, Update, nbytes
+from hapo_async.learner.blame import Blame, unsound
 from hapo_async.learner.policy import Scores, layout_for, schedule, split
 from hapo_async.learner.prepass import Before
 from hapo_async.learner.tally import RankReport, Tally
@@ -100,13 +101,19 @@ class Learner:
 
     # ---------------------------------------------------------------- what the driver asks for
 
-    def step(self, plan: StepPlan, minis: Seq[Seq[Sequence]]) -> RankReport:
-        """Trains on one step: ``minis`` are this rank's sequences of each mini-batch of ``plan``."""
+    def step(self, plan: StepPlan, minis: Seq[Seq[Sequence]], lost: Seq[Blame] = ()) -> RankReport:
+        """Trains on one step: ``minis`` are this rank's sequences of each mini-batch of ``plan``, without those of ``lost``
+        groups. Where a group of any rank is lost or unsound, no rank computes anything."""
         started = time.perf_counter()
+        vocabulary = self.backend.policy.model.config.get_text_config().vocab_size
+        blamed = [*lost, *unsound(plan, minis, vocabulary)]
+        if self.backend.agree_max([len(blamed)])[0]:
+            return RankReport({}, {}, {}, {"train/updates": 0.0, "train/skipped": 1.0}, blamed=tuple(blamed))
         tally = Tally()
         updates: list[Update] = []
         micros: list[MicroBatch] = []
         for index, part in enumerate(self._mini_batches(plan, minis, tally)):
+            tally.suspects.mini = index
             for i, (micro, before) in enumerate(zip(part.micros, part.before, strict=True)):
                 moved = sum(u.applied for u in updates) / len(plan.minis)
                 loss = self._loss(micro, plan.version.step, part.norm, before, tally, moved)
@@ -121,7 +128,10 @@ class Learner:
             else:
                 why = f"its gradient norm is {update.grad_norm:.4g}" if update.over_bound else "not finite"
                 log.warning("update %d of step %s skipped: %s", index, plan.version, why)
-        return self._report(micros, minis, updates, lr, tally, time.perf_counter() - started)
+        report = self._report(micros, minis, updates, lr, tally, time.perf_counter() - started)
+        if all(u.applied or u.over_bound for u in updates):
+            return report
+        return replace(report, blamed=tuple(tally.suspects.blame(plan)))
 
     @torch.no_grad()
     def holdout(self, plan: StepPlan, minis: Seq[Seq[Sequence]]) -> RankReport:
@@ -220,6 +230,7 @@ class Learner:
         loss, stats = objective(self.algorithm, self.options, batch, norm, correction=self.correction, moved=moved)
         tally.add(stats)
         tally.add_batch(batch, micro)
+        tally.suspects.see(micro, batch.logp, loss)
         # A loss that is not finite poisons the gradient, whose norm is agreed on by all ranks anyway: no rank steps.
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 

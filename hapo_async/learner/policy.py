@@ -123,7 +123,12 @@ def load_policy(
 
     _, attention = layout_for("cuda" if torch.cuda.is_available() else "cpu", dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=dtype, attn_implementation=attention, trust_remote_code=False, low_cpu_mem_usage=True
+        model_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+        low_cpu_mem_usage=True,
     )
     _no_dropout(model)
     if config.learner.gradient_checkpointing:

@@ -12,7 +12,7 @@ import psutil
 from torch import nn
 
 _IO_UNIT = 1 << 20  # bytes; what a process says to others while it waits stays below it
-_FILES = ("save", "load")  # what is done with files, and is seen by nothing else
+_FILES = ("load",)  # what is done with files, and is seen by nothing else
 
 
 class Progress:
@@ -22,6 +22,7 @@ class Progress:
         self.doing = ""
         self.moves = 0
         self._since = time.monotonic()
+        self._writers = 0
         self._process = psutil.Process()
 
     @contextlib.contextmanager
@@ -34,6 +35,16 @@ class Progress:
         finally:
             self.moves += 1
             self.doing, self._since = before, time.monotonic()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Inside, another thread of the process writes files."""
+        self._writers += 1
+        try:
+            yield
+        finally:
+            self._writers -= 1
+            self.moves += 1
 
     def move(self, *_: Any) -> None:
         """Something was done: a part of a micro-batch, an update, a stretch of weights."""
@@ -57,7 +68,7 @@ class Progress:
         }
 
     def _io(self) -> int:
-        if self.doing not in _FILES:
+        if self.doing not in _FILES and not self._writers:
             return 0
         try:
             counters: Any = self._process.io_counters()

@@ -11,6 +11,7 @@ import torch
 
 from hapo_async import staleness
 from hapo_async.batch import MicroBatch
+from hapo_async.learner.blame import Blame, Suspects
 from hapo_async.types import SUCCESS
 from hapo_async.upge import Mean, TokenBatch
 
@@ -25,13 +26,15 @@ _RETURNS = ("returns/count", "returns/sum", "returns/squares", "errors/sum", "er
 @dataclass(frozen=True)
 class RankReport:
     """What one rank has to say of a step; ``merge`` makes metrics of all of them. means: name -> (sum, weight).
-    shared: what every rank agrees on. moments: sums that are no metrics yet."""
+    shared: what every rank agrees on. moments: sums that are no metrics yet. blamed: groups that made the step
+    impossible."""
 
     means: dict[str, tuple[float, float]]
     sums: dict[str, float]
     maxima: dict[str, float]
     shared: dict[str, float]
     moments: dict[str, float] = field(default_factory=dict)
+    blamed: tuple[Blame, ...] = ()
 
 
 class Tally:
@@ -42,6 +45,7 @@ class Tally:
         self._maxima: dict[str, list[torch.Tensor]] = {}
         self._moments: dict[str, list[torch.Tensor]] = {}
         self._tables: list[torch.Tensor] = []
+        self.suspects = Suspects()
         self.reference_bytes = 0
 
     def add(self, stats: Mapping[str, Mean]) -> None:

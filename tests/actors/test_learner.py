@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors import placement, weights
-from actors.learner import LearnerGroup, LearnerRank, check_overrides
+from actors.learner import LearnerGone, LearnerGroup, LearnerRank, check_overrides
 from actors.reference import FrozenReference
 from hapo_async import metrics
-from hapo_async.errors import ConfigError, RunError
+from hapo_async.errors import ConfigError
 from hapo_async.learner import learn
 from hapo_async.learner.backend import TorchBackend
 from hapo_async.learner.policy import load_policy
@@ -181,15 +181,20 @@ def test_the_saved_model_is_loaded_by_transformers_alone(run):
     assert not list((run.folder / "model").glob("*.bin"))
 
 
-def test_two_new_ranks_resume_and_a_frozen_one_is_named(run, ray_session, model, steps):
-    """To the bit where two ranks wrote the state; to rounding where one did (its shards are cut anew)."""
-    config = _config(model, 2)
-    learner = asyncio.run(_start(config, model))
+def test_a_killed_rank_is_named_and_two_new_ones_resume_of_which_a_frozen_one_is_named(run, ray_session, model, steps):
+    """To the bit where two ranks wrote the state, in the place of the dead; to rounding where one did (its shards are cut
+    anew)."""
+    config, learner = _config(model, 2), run.learner
+    _lose(ray_session, learner, _config(model, len(learner.ranks)), steps, signal.SIGKILL, "died")
+    if len(learner.ranks) == 2:
+        asyncio.run(learner.restart())
+    else:
+        learner = asyncio.run(_start(config, model))
     try:
         asyncio.run(learner.load(run.folder))
         resumed = _train(ray_session, learner, config, steps, SAVED, STEPS)
         weights = asyncio.run(_weights(learner, Version(0, STEPS)))
-        if len(run.learner.ranks) == 2:
+        if learner is run.learner:
             assert all(torch.equal(weights[name], run.weights[name]) for name in weights)
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, run.weights[name], atol=1e-5, rtol=0)
@@ -202,20 +207,16 @@ def test_two_new_ranks_resume_and_a_frozen_one_is_named(run, ray_session, model,
         asyncio.run(learner.close())
 
 
-def test_a_killed_rank_is_named(run, ray_session, model, steps):
-    _lose(ray_session, run.learner, _config(model, len(run.learner.ranks)), steps, signal.SIGKILL, "died")
-
-
 def _lose(ray, learner, config, steps, number: int, says: str) -> None:
-    """Sends the last rank a signal: the next step is a RunError in time, and so is every later call."""
+    """Sends the last rank a signal: the learner is gone at the next step, in time, and at every later call."""
     last = len(learner.ranks) - 1
     learner.config = config
     os.kill(ray.get(learner.ranks[last].ping.remote())["pid"], number)
     began = time.monotonic()
-    with pytest.raises(RunError, match=f"learner rank {last}.*{says}"):
+    with pytest.raises(LearnerGone, match=f"learner rank {last}.*{says}"):
         _train(ray, learner, config, steps, 0, 1)
     assert time.monotonic() - began < config.learner.deadline_s + 15
-    with pytest.raises(RunError, match=f"rank {last}"):
+    with pytest.raises(LearnerGone, match=f"rank {last}"):
         asyncio.run(learner.publish(Version(0, 1)))
 
 

@@ -67,8 +67,9 @@ class Resuming(StandInGenerator):
 
     def _header(self, request: GroupRequest, version: Version, reason: str = "stop") -> GroupHeader:
         header = super()._header(request, version, reason)
-        oldest = min([version, *(s.version for a in request.prefixes for s in a.spans)])
-        return GroupHeader(**{**header.__dict__, "oldest": oldest, "newest": max(version, oldest)})
+        versions = tuple(sorted({version, *(s.version for a in request.prefixes for s in a.spans)}))
+        seen = {"oldest": versions[0], "newest": versions[-1], "versions": versions}
+        return GroupHeader(**{**header.__dict__, **seen})
 
     async def _hand_over(self, keys: list[Any]) -> list[tuple[None, Group]]:
         await asyncio.sleep(self.hand_over_s)

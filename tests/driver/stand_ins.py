@@ -98,8 +98,9 @@ class StandInGenerator:
 
     def _header(self, request: GroupRequest, version: Version, reason: str = "stop") -> GroupHeader:
         n = request.sampling.n
+        steps = (version.step,) * n
         return GroupHeader(
-            request.key, (4,) * n, (reason,) * n, (version.step,) * n, version, version, 3, self.name, 0.1
+            request.key, (4,) * n, (reason,) * n, steps, version, version, 3, self.name, 0.1, (version,)
         )
 
     def _finish(self, key: GroupKey, header: GroupHeader) -> None:
@@ -141,9 +142,8 @@ class StandInGenerator:
 
     async def _truncate(self, keys: list[GroupKey]) -> dict[GroupKey, tuple[int, ...]] | None:
         for key in keys:
-            header = GroupHeader(
-                key, (2, 2), ("length",) * 2, (self.version.step,) * 2, self.version, self.version, 3, self.name, 0.1
-            )
+            v = self.version
+            header = GroupHeader(key, (2, 2), ("length",) * 2, (v.step,) * 2, v, v, 3, self.name, 0.1, (v,))
             self._finish(key, header)
         return self._tell(keys)
 
@@ -183,6 +183,7 @@ class StandInLearner:
     it was sent beside its steps."""
 
     is_remote = True
+    blamed: tuple[Any, ...] = ()
 
     def __init__(self, skip_share: float = 0.0, step_s: float = 0.001) -> None:
         self.trained: list[list[GroupKey]] = []

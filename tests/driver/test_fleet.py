@@ -14,6 +14,7 @@ from actors.calls import CallFailed
 from actors.transports import Offer
 from hapo_async import config
 from hapo_async.driver import fleet as fleets
+from hapo_async.driver import turns
 from hapo_async.driver.fleet import Fleet, Generator
 from hapo_async.errors import RunError
 from hapo_async.types import GroupKey, GroupRequest, Sampling, Version
@@ -170,7 +171,7 @@ def test_training_goes_on_without_the_detached_generator():
 
 def test_one_that_refuses_to_sleep_for_a_while_stays_in_service(monkeypatch):
     """A group may still be in flight when its turn is over."""
-    monkeypatch.setattr(fleets, "REFUSED_S", 0.01)
+    monkeypatch.setattr(turns, "REFUSED_S", 0.01)
 
     async def body(fleet, actors):
         refusals = iter([True, True, False])
@@ -188,8 +189,8 @@ def test_one_that_refuses_to_sleep_for_a_while_stays_in_service(monkeypatch):
 
 
 def test_one_that_never_sleeps_is_out_of_service(monkeypatch):
-    monkeypatch.setattr(fleets, "REFUSED_S", 0.01)
-    monkeypatch.setattr(fleets, "CONTROL_S", 0.1)
+    monkeypatch.setattr(turns, "REFUSED_S", 0.01)
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.1)
 
     async def body(fleet, actors):
         async def sleep() -> None:

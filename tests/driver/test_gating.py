@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hapo_async import advantage, algorithms, checkpoint, gate
+from hapo_async import advantage, algorithms, gate
 from hapo_async.driver import barren as barrens
 from hapo_async.driver.barren import Barren
+from hapo_async.driver.checkpoints import Checkpoints
+from hapo_async.driver.likeliest import choose_likeliest
 from hapo_async.driver.run import _Run
 from hapo_async.driver.setup import Prepared
-from hapo_async.driver.training import choose_likeliest
 from hapo_async.errors import ConfigError, RunError
 from hapo_async.group_stats import of_groups
 from hapo_async.rollouts import describe
@@ -104,8 +105,13 @@ def test_evidence_is_kept_for_the_pooled_gate_alone_and_never_of_unjudged_groups
 
 def test_a_checkpoint_carries_the_gates_evidence(tmp_path):
     class Learner:
-        async def save(self, folder):
+        is_writing = False
+
+        async def capture(self, folder):
             (folder / "weights").write_text("w")
+
+        async def write(self):
+            return {}
 
     def fresh(resumed):
         loop = Loop([], prompts=4, gate={"decision": "pooled"}, run={"dir": str(tmp_path)})
@@ -113,18 +119,17 @@ def test_a_checkpoint_carries_the_gates_evidence(tmp_path):
         prepared = Prepared(loop.config, loop.sampler.algorithm, loop.sampler.options, "", None, items, {}, {})
         run = _Run(prepared, folder, SimpleNamespace(), resumed, loop.sampler.stream)
         run._build_flow()
-        run.learner = Learner()
-        run.trainer = SimpleNamespace(version=Version(1, 3), turn=contextlib.nullcontext)
-        run.journal = SimpleNamespace(settle=lambda: asyncio.sleep(0))
-        run.watchdog = SimpleNamespace(during=contextlib.nullcontext)
         return run
 
     async def scenario():
         first = fresh(None)
         first.sampler.posteriors.record(GroupKey(0, "p001", 0), 3, 5)
         first.sampler.posteriors.record(GroupKey(1, "p001", 0), 8, 0)
-        await first._checkpoint(3)
-        second = fresh(checkpoint.newest(folder.checkpoints))
+        watchdog = SimpleNamespace(during=contextlib.nullcontext)
+        kept = Checkpoints(first.config, folder, Learner(), first.sampler, watchdog)
+        await kept.save(Version(1, 3), {})
+        await kept.written()
+        second = fresh(kept.newest())
         assert second.sampler.step == 3
         return first.sampler.posteriors, second.sampler.posteriors
 

@@ -56,7 +56,7 @@ def run_with_slow_prompts(folder, so_far, **tree) -> tuple[Loop, Counter[str], C
 
 def test_what_is_dropped_is_counted_by_length_and_the_starving_prompts_are_named(tmp_path):
     loop, tries, lengths = run_with_slow_prompts(tmp_path, lambda key: (5, 900))
-    late = loop.sampler.tally.late + loop.ledger.dropped_reasons["late"]
+    late = loop.sampler.returns.given_up + loop.ledger.dropped_reasons["late"]
     assert late > 0 and set(loop.ledger.dropped_reasons) == {"late"}
     assert set(lengths) == {"4", "512"} and lengths["4"] == lengths["512"] >= 2 * loop.ledger.dropped_reasons["late"]
     rows = metrics.read(tmp_path / QUARANTINE_FILE)
@@ -102,12 +102,12 @@ def test_no_more_is_given_up_than_holds_the_learner_up():
             loop.fleet.generators[0].assign(key, 8)
             loop.sampler.flights[key] = Flight(loop.sampler.prompts[key.uid], "a", 0, since)
         assert loop.trainer._late(0, 1) == keys
-        await loop.sampler.give_up_late(loop.fleet, keys)
+        await loop.sampler.returns.late(loop.fleet, keys, loop.sampler.step)
         assert not loop.trainer._late(0, 1) and list(loop.sampler.flights) == [keys[0], keys[2]]
         await loop.sampler.close()
         return loop
 
-    assert asyncio.run(scenario()).sampler.tally.late == 1
+    assert asyncio.run(scenario()).sampler.returns.given_up == 1
 
 
 def test_a_silent_generator_does_not_hold_up_the_learner_when_its_groups_are_given_up():
