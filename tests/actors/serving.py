@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actors  # noqa: F401 (keeps a Ray of our own on loopback, when it comes before the first import of ray)
-from actors.generator import GeneratorActor
 from actors.transports import Offer
 from hapo_async import weights
 from hapo_async.config import parse
 from hapo_async.types import Answer, Group, GroupKey, GroupRequest, Sampling, Version
+from tools.weight_faults import FaultyGenerator
 
 DEADLINE_S = 60
 READY_S = 400
@@ -36,9 +36,9 @@ def random_model(chain_model: str, seed: int):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-class Probe(GeneratorActor):
-    """A generator whose engine can be asked for what no driver asks: writing in place, also half of a version, and ending
-    groups while they are being submitted."""
+class Probe(FaultyGenerator):
+    """A generator whose transfers can be armed, and whose engine can be asked for what no driver asks: writing in place, also
+    half of a version, and ending groups while they are being submitted."""
 
     async def pour(self, version: Version, pieces: list[tuple[weights.Bucket, np.ndarray]], fails: bool) -> float:
         """Installs in place what ``pieces`` hold. fails: the line goes dead after them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +33,12 @@ def wait_for(what: str, condition: Callable[[], Any], process: subprocess.Popen[
 def newest(run_dir: Path) -> dict[str, Any]:
     rows = json_lines(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
     return rows[-1] if rows else {}
+
+
+def told(run_dir: Path) -> list[dict[str, Any]]:
+    """The actors, by status.json."""
+    actors: list[dict[str, Any]] = json.loads((run_dir / "status.json").read_text())["actors"]
+    return actors
 
 
 def lines_of(capfd: Any) -> list[str]:
@@ -66,6 +73,11 @@ def test_one_generator_becomes_two_one_dies_and_comes_back_and_one_leaves(tmp_pa
         wait_for("the replacement", lambda: any(e.kind == "replaced" for e in events.read(run_dir)), process)
         replaced = newest(run_dir)["step"]
         wait_for("its work", lambda: newest(run_dir)["step"] > replaced + 1 and newest(run_dir).get(samples), process)
+        wait_for("everybody's pid", lambda: all(a["pid"] for a in told(run_dir)), process)
+        assert {(a["role"], a["state"]) for a in told(run_dir)} == {
+            (role, "healthy") for role in ("driver", "generator", "verifier", "learner")
+        }
+        assert all(psutil.pid_exists(pid) for a in told(run_dir) for pid in (a["pid"], *a["children"]))
 
         assert hapo_here("scale", str(run_dir), "generators=1", "verifiers=1", "--drain-deadline", "0") == 0
         assert "generator-1 has left" in {line.partition(";")[0] for line in lines_of(capfd)}
