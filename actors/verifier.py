@@ -4,7 +4,7 @@ The actor waits; the workers work. They die with it, however it ends. One pool p
 
 | method | consumes | waits for | unblocked by |
 |---|---|---|---|
-| ``judge`` | one group | its answers' judgements | the pool: an answer takes at most ``timeout_s`` in its worker |
+| ``judge`` | one group | its answers' judgements | the pool: a try takes at most ``timeout_s`` in its worker |
 | ``stats`` | nothing | nothing: it is answered while others judge | |
 """
 
@@ -52,8 +52,8 @@ class VerifierActor:
             self._waiting -= len(items)
 
     async def stats(self) -> dict[str, Any]:
-        """Answered while others are judged: judgements and verdicts over all pools, answers of groups that wait for theirs,
-        the slowest pool's median seconds, worker pids."""
+        """Answered while others are judged: judgements and verdicts over all pools, those charged to answers and those masked,
+        answers of groups that wait for theirs, the slowest pool's median and 99th percentile [s], worker pids."""
         each = [pool.stats() for pool in self._pools.values()]
         verdicts: Counter[str] = Counter()
         for stats in each:
@@ -63,7 +63,10 @@ class VerifierActor:
             "judged": sum(verdicts.values()),
             "waiting": self._waiting,
             "verdicts": dict(verdicts),
+            "charged": sum(s["charged"] for s in each),
+            "masked": sum(s["masked"] for s in each),
             "p50_s": max((s["p50_s"] for s in each), default=0.0),
+            "p99_s": max((s["p99_s"] for s in each), default=0.0),
             "workers_started": sum(s["workers_started"] for s in each),
             "worker_pids": [pid for s in each for pid in s["worker_pids"]],
         }

@@ -34,6 +34,7 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
     lengths = [n for g in sampled for n in g.header.lengths]
     reasons = [r for g in sampled for r in g.header.finish_reasons]
     gates = [g.gated.gate for g in sampled]
+    seconds = [j.seconds for g in sampled for j in g.gated.judgements]
     if rewards:
         out |= {
             "reward/mean": float(np.concatenate(rewards).mean()),
@@ -50,7 +51,8 @@ def of_groups(groups: Sequence[Ready], algorithm: Algorithm) -> dict[str, float]
         **length_histogram("response/length_hist", lengths),
         **_components([j for g in sampled for j in g.gated.judgements]),
         **(decisions(gates) if algorithm.uses_gate else {}),
-        "verify/p50_s": float(np.median([j.seconds for g in sampled for j in g.gated.judgements])),
+        "verify/p50_s": float(np.median(seconds)),
+        "verify/p99_s": float(np.percentile(seconds, 99)),
     }
     if not cached:
         right = [g.train.rollouts > 0 and all(r.reward >= SUCCESS for r in g.train.rows) for g in injected]

@@ -1,7 +1,8 @@
 """Prompts that a run gave up after several tries: ``quarantine.jsonl`` in its folder, for people to see which ones starve.
 
 A line holds step (the learner step that was being made), epoch, uid, reason (``late``: its answers took longer than
-``max_staleness`` allows; ``failed``: engines or verifiers refused it), tries, and tokens: what each answer of the last
+``max_staleness`` allows; ``failed``: engines or verifiers refused it;
+``unjudgeable``: no answer can be judged by its truth), tries, and tokens: what each answer of the last
 try had by then, null where that is not known.
 """
 

@@ -5,6 +5,7 @@ import pytest
 
 from hapo_async.types import (
     Answer,
+    Fault,
     Group,
     GroupHeader,
     GroupKey,
@@ -69,8 +70,11 @@ def test_versions_order_by_incarnation_first():
 
 
 @pytest.mark.parametrize("verdict", [Verdict.TIMEOUT, Verdict.OOM, Verdict.CRASH])
-def test_a_failure_of_the_judge_is_never_a_reward(verdict):
+def test_a_failure_of_the_judge_is_masked_or_charged_and_never_more(verdict):
+    masked, charged = Judgement(verdict, None), Judgement(verdict, 0.0, fault=Fault.ANSWER)
+    assert not masked.is_judged and masked.tally == (verdict, "masked")
+    assert charged.is_judged and charged.tally == (verdict, "charged")
     with pytest.raises(ValueError, match="cannot carry"):
-        Judgement(verdict, 0.0)
+        Judgement(verdict, 1.0)
     with pytest.raises(ValueError, match="cannot carry"):
         Judgement(Verdict.WRONG, None)

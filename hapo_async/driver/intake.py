@@ -14,9 +14,10 @@ from hapo_async.algorithms import Algorithm
 from hapo_async.buffer import Buffer, Ready
 from hapo_async.config import Config
 from hapo_async.driver.barren import Barren
+from hapo_async.driver.retries import Retries
 from hapo_async.ledger import Ledger
 from hapo_async.posterior import Posteriors
-from hapo_async.types import GateDecision, GatedGroup, GroupHeader, Judgement, Prompt
+from hapo_async.types import Fault, GateDecision, GatedGroup, GroupHeader, Judgement, Prompt
 
 
 class Intake:
@@ -31,6 +32,7 @@ class Intake:
         ledger: Ledger,
         buffer: Buffer,
         prompts: int,
+        retries: Retries,
     ) -> None:
         self.config = config
         self.algorithm = algorithm
@@ -39,6 +41,7 @@ class Intake:
         self.buffer = buffer
         self.posteriors = Posteriors(config.gate.decay)
         self._barren = Barren(config.train.batch_prompts, prompts)
+        self._retries = retries
 
     def admit(
         self,
@@ -50,6 +53,10 @@ class Intake:
         logp_ref: tuple[np.ndarray, ...] | None = None,
     ) -> None:
         """step: the learner's. Raises RunError when there has been nothing to train on for many batches."""
+        if hopeless := next((j.detail for j in judgements if j.fault is Fault.PROMPT), ""):
+            self._retries.hopeless(header.key, step + 1, hopeless, header.lengths)
+            self._barren.dropped("unjudgeable", judgements)
+            return
         gated = GatedGroup(header, payload, prompt, tuple(judgements), self._decide(header, prompt, judgements, step))
         train = inject.compose(
             self.algorithm.composition,
@@ -74,7 +81,7 @@ class Intake:
     def _decide(self, header: GroupHeader, prompt: Prompt, judgements: list[Judgement], step: int) -> GateDecision:
         pooled = self.config.gate.decision == "pooled"
         rewards = [j.reward or 0.0 for j in judgements]
-        judged = [j.verdict.is_judged for j in judgements]
+        judged = [j.is_judged for j in judgements]
         decision = gate.decide(
             rewards,
             judged,

@@ -49,7 +49,9 @@ class Probe:
         transformers_logging.disable_progress_bar()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if self.device == "cuda" else torch.float32)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
         self.model = model.to(self.device).eval()
         self.batch_tokens = batch_tokens
 

@@ -6,6 +6,7 @@ Such answers are left out of every accuracy and counted; they are neither right 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 Verdicts = Sequence[bool | None]
 
 MACRO = "macro"
+LONGEST_NAME = 100  # bytes of a set's name, which becomes part of a file's
 BOOTSTRAP_ANSWERS = 2048  # answers per prompt that the bootstrap draws from
 
 
@@ -148,7 +150,11 @@ def set_name(source: str) -> str:
         source = source.removeprefix("builtin:").replace("/", "-")
     last = re.split(r"[/\\]", source.rstrip("/\\"))[-1]
     stem = re.sub(r"\.(jsonl|json|parquet)$", "", last)
-    return re.sub(r"[^\w.-]+", "_", stem).strip("_") or "eval"
+    name = re.sub(r"[^\w.-]+", "_", stem).strip("_.") or "eval"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    tail = hashlib.sha256(name.encode()).hexdigest()[:8]  # two long names stay two
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{tail}"
 
 
 def _judged(row: Verdicts) -> list[bool]:

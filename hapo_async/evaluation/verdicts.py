@@ -6,7 +6,7 @@ is there where the data name one. Of a large set the first 2,048 questions are k
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hapo_async.files import json_line, open_regular, parse_json
 from hapo_async.types import SUCCESS, Group, Judgement, Prompt
+
+log = logging.getLogger(__name__)
 
 FOLDER = "evals"
 QUESTIONS_KEPT = 2048
@@ -43,22 +46,25 @@ class Questions:
 
 
 def append(run_dir: Path, name: str, step: int, results: Iterable[Result]) -> None:
-    """Writes one evaluation of one set."""
+    """Writes one evaluation of one set. A disk that is full costs the file and not the run."""
     path = run_dir / FOLDER / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for uid, correct, level in list(results)[:QUESTIONS_KEPT]:
         row: dict[str, Any] = {"step": step, "uid": uid, "correct": list(correct)}
-        lines.append(json.dumps(row | ({"level": level} if level else {}), ensure_ascii=False) + "\n")
-    with path.open("ab") as file:
-        if file.tell() and not _ends_line(path):  # a crash cut the last line
-            file.write(b"\n")
-        file.write("".join(lines).encode())
+        lines.append(_line(row | ({"level": level} if level else {})))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            if file.tell() and not _ends_line(path):  # a crash cut the last line
+                file.write(b"\n")
+            file.write("".join(lines).encode())
+    except OSError as error:
+        log.error("%s cannot be written: %s", path, error.strerror)
 
 
 def discard(run_dir: Path, purge_step: int) -> None:
     """Moves the results of ``purge_step`` and later, which a resume will make anew, to ``discarded/evals/``."""
-    for path in sorted((run_dir / FOLDER).glob("*.jsonl")):
+    for path in _files(run_dir):
         rows = _rows(path)
         gone = [row for row in rows if row["step"] >= purge_step]
         if not gone:
@@ -75,7 +81,7 @@ def discard(run_dir: Path, purge_step: int) -> None:
 def read(run_dir: Path) -> dict[str, Questions]:
     """All sets of a run folder. Lines that a crash cut are left out; of two results of a step the later one counts."""
     found = {}
-    for path in sorted((run_dir / FOLDER).glob("*.jsonl")):
+    for path in _files(run_dir):
         questions = Questions(path.stem)
         for row in _rows(path):
             _add(questions, row["step"], row)
@@ -133,12 +139,16 @@ def _add(questions: Questions, step: int, row: Mapping[str, Any]) -> None:
         questions.levels[uid] = str(row["level"])
 
 
+def _files(run_dir: Path) -> list[Path]:
+    return [path for path in sorted((run_dir / FOLDER).glob("*.jsonl")) if path.is_file()]
+
+
 def _rows(path: Path, needs: Sequence[str] = ("step", "uid", "correct")) -> list[dict[str, Any]]:
     out = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open_regular(path) as file:
         for line in file:
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode("utf-8", "replace"))
             except ValueError:
                 continue
             if isinstance(row, dict) and all(name in row for name in needs):
@@ -147,7 +157,7 @@ def _rows(path: Path, needs: Sequence[str] = ("step", "uid", "correct")) -> list
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_line(row)
 
 
 def _ends_line(path: Path) -> bool:

@@ -4,8 +4,9 @@
 processes of ``verify.pool``, which are killed when they take too long. Nothing here loads sympy before a judgement
 needs it.
 
-Verifier names: ``boxed`` (exact match on the last ``\\boxed{}``), ``math`` (mathematical equality), ``auto`` (boxed,
-then math), ``module:function`` (a plug-in, see ``verify.plugin``).
+Verifier names: ``boxed`` (exact match on the last ``\\boxed{}``), ``math`` and ``auto`` (one final answer, mathematically
+equal: strict, see ``verify.math``), ``module:function`` (a plug-in, see ``verify.plugin``). The first three read the last
+4,096 characters of a response.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hapo_async.errors import ConfigError
-from hapo_async.types import Judgement, Verdict
-from hapo_async.verify import boxed, math, plugin
+from hapo_async.types import Fault, Judgement, Verdict
+from hapo_async.verify import boxed, final, math, plugin
+from hapo_async.verify import truth as truths
 
 BUILTIN = ("auto", "boxed", "math")
 
@@ -49,15 +51,20 @@ def judge_text(
     Raises ConfigError for an unknown name.
     """
     start = time.perf_counter()
+    fault = Fault.NONE
     try:
         reward, verdict, components, detail = _judge(name, prompt_text, response, truth, extra or {})
     except ConfigError:
         raise
+    except truths.Poisoned as error:
+        reward, verdict, components, detail, fault = None, Verdict.CRASH, {}, f"poisoned prompt: {error}", Fault.PROMPT
+    except plugin.Abstained as error:
+        reward, verdict, components, detail, fault = None, Verdict.CRASH, error.components, str(error), Fault.PLUGIN
     except MemoryError:
         reward, verdict, components, detail = None, Verdict.OOM, {}, "MemoryError"
     except Exception as error:  # the judge failed, not the answer: a verdict of its own
         reward, verdict, components, detail = None, Verdict.CRASH, {}, f"{type(error).__name__}: {error}"[:500]
-    return Judgement(verdict, reward, components, time.perf_counter() - start, detail)
+    return Judgement(verdict, reward, components, time.perf_counter() - start, detail, fault)
 
 
 def _judge(
@@ -66,12 +73,11 @@ def _judge(
     if name not in BUILTIN:
         resolve(name)
         return plugin.judge(name, prompt_text, response, truth, extra)
-    verdict = Verdict.UNPARSEABLE
-    if name in ("auto", "boxed"):
-        verdict = boxed.verdict(response, truth)
-    if name in ("auto", "math") and verdict is not Verdict.CORRECT:
-        verdict = math.verdict(response, truth)
-    return float(verdict is Verdict.CORRECT), verdict, {}, ""
+    if name == "boxed":
+        verdict, detail = boxed.verdict(response[-final.TAIL :], truths.check(truth)), ""
+    else:
+        verdict, detail = math.judge(response, truth)
+    return float(verdict is Verdict.CORRECT), verdict, {}, detail
 
 
 def is_plugin(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Exact match on the last ``\\boxed{}``."""
+"""What stands in ``\\boxed{}``, and exact match on the last one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hapo_async.types import Verdict
 
 _COMMAND = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
 _BARE = re.compile(r"\s+([^\s$\\{}]+)")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def has_box(text: str) -> bool:
@@ -16,31 +17,48 @@ def has_box(text: str) -> bool:
     return _COMMAND.search(text) is not None
 
 
+def count(text: str) -> int:
+    """How many there are, nested ones too."""
+    return sum(1 for _ in _COMMAND.finditer(text))
+
+
 def last_boxed(text: str) -> str | None:
     """Content of the last ``\\boxed{...}`` (or ``\\fbox{...}``), braces balanced; None when there is none or the last
     one is not finished."""
-    found = list(_COMMAND.finditer(text))
-    if not found:
-        return None
-    rest = text[found[-1].end() :]
-    if not rest.lstrip().startswith("{"):
-        bare = _BARE.match(rest)
-        return bare.group(1) if bare else None
-    start = rest.index("{")
+    end = max((found.end() for found in _COMMAND.finditer(text)), default=None)
+    return None if end is None else _content(text, end)[0]
+
+
+def contents(text: str) -> list[str | None]:
+    """All boxes in order, None for one that is not finished. A box within a box belongs to the outer one, which is read
+    without the inner command."""
+    out: list[str | None] = []
+    end = 0
+    for found in _COMMAND.finditer(text):
+        if found.start() < end:
+            continue
+        inner, end = _content(text, found.end())
+        out.append(None if inner is None else _COMMAND.sub("", inner).strip())
+    return out
+
+
+def _content(text: str, start: int) -> tuple[str | None, int]:
+    """(what follows the command that ends at ``start``, where that ends)."""
+    opening = start
+    while opening < len(text) and text[opening].isspace():
+        opening += 1
+    if opening == len(text) or text[opening] != "{":
+        bare = _BARE.match(text, start)
+        return (bare.group(1), bare.end()) if bare else (None, start)
     depth = 0
-    position = start
-    while position < len(rest):
-        character = rest[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
+    for brace in _BRACE.finditer(text, opening):
+        if brace.group() == "{":
             depth += 1
-        elif character == "}":
+        elif brace.group() == "}":
             depth -= 1
             if depth == 0:
-                return rest[start + 1 : position].strip()
-        position += 1
-    return None
+                return text[opening + 1 : brace.start()].strip(), brace.end()
+    return None, start
 
 
 def truths(truth: Any) -> list[str]:

@@ -8,7 +8,10 @@ The signature is told from the parameters' names:
 - TRL: ``reward(completions, prompts=None, **columns) -> list[float | None]``; called with one completion, as text; the
   truth is passed as ``answer``, ``solution``, ``ground_truth`` and ``truth``.
 
-None means that there is no judgement (verdict ``crash``, masked, counted). Reward >= 1 is verdict ``correct``.
+None means that the function chose not to judge: the answer is masked (verdict ``crash``, fault ``plugin``) and counted. An
+exception or a number that is not finite is a failure, and ``verify.attribution`` finds out whose. Reward >= 1 is verdict
+``correct``. A module that needs more than 4 GiB beyond what it holds after its import says so: ``WORKER_MEMORY_BYTES``
+(None for no limit: a model on a GPU maps more than there is).
 """
 
 from __future__ import annotations
@@ -27,6 +30,14 @@ from hapo_async.types import SUCCESS, Verdict
 
 Adapter = Callable[[str, str, Any, Mapping[str, Any]], Any]
 _TRUTH_COLUMNS = ("answer", "solution", "ground_truth", "truth")
+
+
+class Abstained(Exception):
+    """The function returned None."""
+
+    def __init__(self, components: Mapping[str, float]) -> None:
+        super().__init__("the verifier returned None: no judgement")
+        self.components = components
 
 
 @functools.cache
@@ -57,6 +68,13 @@ def load(name: str) -> Adapter:
     return adapt(function, name)
 
 
+def memory_bytes(name: str, otherwise: int) -> int | None:
+    """What the plug-in's module asks for beyond its import, ``WORKER_MEMORY_BYTES`` (None: no limit), where it says so."""
+    module = sys.modules.get(name.partition(":")[0])
+    asked = getattr(module, "WORKER_MEMORY_BYTES", otherwise)
+    return None if asked is None else int(asked)
+
+
 def adapt(function: Callable[..., Any], name: str) -> Adapter:
     """Tells the signature from the parameters' names. Raises ConfigError for one that is none of the three."""
     parameters = inspect.signature(function).parameters
@@ -83,18 +101,19 @@ def adapt(function: Callable[..., Any], name: str) -> Adapter:
 
 def judge(
     name: str, prompt: str, response: str, truth: Any, extra: Mapping[str, Any]
-) -> tuple[float | None, Verdict, Mapping[str, float], str]:
-    """(reward, verdict, components, detail). Exceptions of the plug-in pass through."""
+) -> tuple[float, Verdict, Mapping[str, float], str]:
+    """(reward, verdict, components, detail). Raises Abstained for None, ValueError for what is no reward; exceptions of the
+    plug-in pass through."""
     result = load(name)(prompt, response, truth, extra)
     components: dict[str, float] = {}
     if isinstance(result, Mapping):
         components = {str(k): float(v) for k, v in result.items() if isinstance(v, int | float)}
         result = result.get("score", result.get("reward"))
     if result is None:
-        return None, Verdict.CRASH, components, "the verifier returned None: no judgement"
+        raise Abstained(components)
     reward = float(result)
     if not math.isfinite(reward):
-        return None, Verdict.CRASH, components, f"the verifier returned {reward}: not a reward"
+        raise ValueError(f"the verifier returned {reward}: not a reward")
     return reward, Verdict.CORRECT if reward >= SUCCESS else Verdict.WRONG, components, ""
 
 

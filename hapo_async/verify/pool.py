@@ -5,9 +5,9 @@
              └────────────── futures ◄───────────────┘
 
 The deadline of a judgement runs from the frame before it. When it passes, the thread kills the worker's process group
-(SIGKILL: neither C code nor signal handlers delay it), answers that one item with verdict ``timeout``, puts the rest of
-the chunk back into the queue and starts a fresh worker. A worker that dies by itself costs its current item only:
-``oom`` when it was killed by signal 9, else ``crash``.
+(SIGKILL: neither C code nor signal handlers delay it), puts the rest of the chunk back into the queue and finds out who
+pays for that one item (``verify.attribution``), in fresh workers. A worker that dies by itself costs its current item
+the same way: ``oom`` when it was killed by signal 9, ``timeout`` by its processor limit, else ``crash``.
 
 | loop | consumes | waits for | unblocked by |
 |---|---|---|---|
@@ -19,12 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -34,15 +29,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hapo_async.errors import ConfigError, RunError
-from hapo_async.types import Judgement, Verdict
-from hapo_async.verify import wire
+from hapo_async.types import Fault, Judgement, Verdict
+from hapo_async.verify import is_plugin, process, wire
+from hapo_async.verify.attribution import Attribution, Item, failed
+from hapo_async.verify.final import TAIL
+from hapo_async.verify.process import Worker
 
-# (prompt text, response, truth) or (prompt text, response, truth, further columns for plug-ins)
-Item = Sequence[Any]
-
-_START_DEADLINE_S = 120.0  # start of a process and slow imports; a busy machine needs long
-_SLICE_S = 0.25  # how often a waiting thread looks at the process and at ``close``
 _MAX_CHUNK = 64
+_Doubt = tuple["_Job", Judgement, bool]
+"""(a job, how its first try failed, whether its worker lives on)."""
 
 
 @dataclass
@@ -51,22 +46,11 @@ class _Job:
     future: Future[Judgement] = field(default_factory=Future)
 
 
-class WorkerDied(Exception):
-    """The worker process ended by itself; ``code`` is its exit status, negative for a signal."""
-
-    def __init__(self, code: int | None) -> None:
-        super().__init__(f"the worker process ended with status {code}")
-        self.code = code
-
-
-class DeadlinePassed(Exception):
-    """No answer in time."""
-
-
 class VerifierPool:
     """Judges in ``workers`` processes. Thread-safe; close it, or use it as a context manager.
 
-    timeout_s: wall-clock seconds that one judgement may take (starting a worker and importing sympy excluded).
+    timeout_s: wall-clock seconds that one judgement may take (starting a worker and importing sympy excluded). An answer
+    that fells its judge takes up to two of them, one that is poisoned or meets a broken judge up to four.
     """
 
     def __init__(self, name: str, workers: int = 1, timeout_s: float = 10.0) -> None:
@@ -76,10 +60,13 @@ class VerifierPool:
         self._queue: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._attribution = Attribution(name)
         self._verdicts: Counter[str] = Counter()
+        self._paid: Counter[str] = Counter()
+        self._overstay_s = 0.0
         self._seconds: deque[float] = deque(maxlen=1000)
         self._started = 0
-        self._pids: dict[int, int] = {}
+        self._workers: dict[int, Worker] = {}
         self._up: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"verifier-{slot}", daemon=True)
@@ -119,15 +106,20 @@ class VerifierPool:
         return [job.future for job in jobs]
 
     def stats(self) -> dict[str, Any]:
-        """Judgements by verdict, median seconds of the last 1000, processes started and alive."""
+        """Judgements by verdict, charged to answers and masked; median and 99th percentile of the last 1000 [s]; the longest
+        life of a worker past a deadline [s]; processes started and alive."""
         with self._lock:
             seconds = sorted(self._seconds)
             return {
                 "judged": sum(self._verdicts.values()),
                 "verdicts": dict(self._verdicts),
+                "charged": self._paid["charged"],
+                "masked": self._paid["masked"],
                 "p50_s": seconds[len(seconds) // 2] if seconds else 0.0,
+                "p99_s": seconds[len(seconds) * 99 // 100] if seconds else 0.0,
+                "overstay_s": self._overstay_s,
                 "workers_started": self._started,
-                "worker_pids": sorted(self._pids.values()),
+                "worker_pids": sorted(worker.pid for worker in self._workers.values()),
             }
 
     def close(self) -> None:
@@ -151,192 +143,143 @@ class VerifierPool:
     # One thread per worker
 
     def _serve(self, slot: int) -> None:
-        worker = self._first(slot)
+        self._first(slot)
         while (chunk := self._queue.get()) is not None:
             if self._closing.is_set():
                 _fail(chunk, RunError("the verifier pool was closed."))
                 continue
             try:
-                if worker is None or not worker.is_alive():
-                    worker = self._replace(slot, worker)
-                worker = self._judge_chunk(slot, worker, chunk)
-            except (ConfigError, RunError, OSError) as error:
+                self._judge_chunk(slot, chunk)
+            except Exception as error:  # whatever it is, the thread lives on and nobody waits for ever
                 _fail(chunk, error if isinstance(error, ConfigError) else RunError(f"verifier worker: {error}"))
-                self._drop(slot, worker)
-                worker = None
-        self._drop(slot, worker)
+                self._drop(slot)
+        self._drop(slot)
 
-    def _first(self, slot: int) -> _Worker | None:
+    def _first(self, slot: int) -> None:
         """Starts the slot's worker ahead of the first chunk, and tells ``start_async`` how that went."""
         try:
-            worker = self._replace(slot, None)
+            self._worker(slot)
         except (ConfigError, RunError, OSError) as error:
             self._up[slot].set_exception(error)
-            return None
-        self._up[slot].set_result(None)
-        return worker
+        else:
+            self._up[slot].set_result(None)
 
-    def _judge_chunk(self, slot: int, worker: _Worker, chunk: list[_Job]) -> _Worker | None:
-        """Judges until the chunk is done or the worker is lost; then the rest goes back into the queue."""
+    def _judge_chunk(self, slot: int, chunk: list[_Job]) -> None:
+        """Judges until the chunk is done or the worker is lost; then the rest goes back into the queue. What failed is
+        settled last: its neighbours need not wait for that."""
+        jobs = self._sendable(chunk)
+        if not jobs:
+            return
+        worker = self._worker(slot)
+        doubts: list[_Doubt] = []
         done = 0
         try:
-            worker.send({"items": [_wire_item(job.item) for job in chunk]}, self.timeout_s)
-            for job in chunk:
-                self._finish(job, worker.receive_judgement(self.timeout_s))
+            worker.send([self._wire_item(job.item) for job in jobs], self.timeout_s)
+            while done < len(jobs) and worker is self._workers.get(slot):
+                judgement = worker.receive_judgement(self.timeout_s)
                 done += 1
-            return worker
-        except DeadlinePassed:
-            lost = Judgement(Verdict.TIMEOUT, None, {}, self.timeout_s, f"no judgement within {self.timeout_s:g} s")
-        except WorkerDied as error:
-            verdict = Verdict.OOM if error.code == -signal.SIGKILL else Verdict.CRASH
-            lost = Judgement(verdict, None, {}, 0.0, str(error))
-        except ValueError as error:  # a frame that is no judgement
-            lost = Judgement(Verdict.CRASH, None, {}, 0.0, f"unreadable judgement: {error}"[:500])
-        self._drop(slot, worker)
-        if done < len(chunk):
-            self._finish(chunk[done], lost)
-        if rest := chunk[done + 1 :]:
-            self._queue.put(rest)
-        return None
+                if not failed(judgement):
+                    self._finish(jobs[done - 1], judgement)
+                    continue
+                doubts.append((jobs[done - 1], judgement, judgement.verdict is Verdict.CRASH))
+                if judgement.verdict is Verdict.OOM:  # what it still holds would fell its next answer
+                    self._drop(slot)
+        except process.LOST as error:
+            doubts.append((jobs[done], self._lose(slot, error), False))
+            done += 1
+        self._requeue(jobs[done:])
+        self._settle(slot, doubts)
+
+    def _requeue(self, jobs: list[_Job]) -> None:
+        """In as many parts as there are workers: others should not wait behind the next one that fails."""
+        size = max(1, -(-len(jobs) // len(self._threads)))
+        for start in range(0, len(jobs), size):
+            self._queue.put(jobs[start : start + size])
+
+    def _settle(self, slot: int, doubts: list[_Doubt]) -> None:
+        for number, (job, first, in_band) in enumerate(doubts):
+            try:
+                judgement = self._attribution.known(job.item) or self._attribution.settle(
+                    job.item, first, lambda item, fresh: self._once(slot, item, fresh), in_band
+                )
+            except Exception as error:
+                _fail([d[0] for d in doubts[number:]], RunError(f"verifier worker: {error}"))
+                raise
+            self._finish(job, judgement)
+
+    def _once(self, slot: int, item: Item, fresh: bool) -> Judgement:
+        """Judges one item; the worker's loss is its judgement. fresh: by a worker that has judged nothing before."""
+        if fresh and (worker := self._workers.get(slot)) and worker.used:
+            self._drop(slot)
+        worker = self._worker(slot)
+        try:
+            worker.send([self._wire_item(item)], self.timeout_s)
+            judgement = worker.receive_judgement(self.timeout_s)
+        except process.LOST as error:
+            return self._lose(slot, error)
+        if judgement.verdict is Verdict.OOM:
+            self._drop(slot)
+        return judgement
+
+    def _sendable(self, chunk: list[_Job]) -> list[_Job]:
+        """The jobs that need judging and can be sent; the others are finished here."""
+        jobs = []
+        for job in chunk:
+            if judgement := self._attribution.known(job.item):
+                self._finish(job, judgement)
+                continue
+            try:
+                wire.encode(self._wire_item(job.item)[2:])
+            except (ValueError, TypeError, RecursionError) as error:
+                detail = f"poisoned prompt: its truth cannot be sent to a worker: {error}"[:500]
+                self._finish(job, Judgement(Verdict.CRASH, None, {}, 0.0, detail, Fault.PROMPT))
+                continue
+            jobs.append(job)
+        return jobs
+
+    def _wire_item(self, item: Item) -> list[Any]:
+        prompt, response, truth, *extra = item
+        if not is_plugin(self.name):
+            return ["", response[-TAIL:], truth, {}]
+        return [prompt, response, truth, dict(extra[0]) if extra else {}]
 
     def _finish(self, job: _Job, judgement: Judgement) -> None:
+        self._attribution.saw(job.item, judgement)
         with self._lock:
             self._verdicts[str(judgement.verdict)] += 1
+            self._paid.update(judgement.tally[1:])
             self._seconds.append(judgement.seconds)
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(judgement)
 
-    def _replace(self, slot: int, old: _Worker | None) -> _Worker:
-        self._drop(slot, old)
-        worker = _Worker(self._closing)
+    def _worker(self, slot: int) -> Worker:
+        """The slot's worker, a new one where there is none that lives. Raises ConfigError, RunError, OSError."""
+        if (worker := self._workers.get(slot)) and worker.is_alive():
+            return worker
+        self._drop(slot)
+        worker = Worker(self._closing)
         with self._lock:
             self._started += 1
-            self._pids[slot] = worker.pid
+            self._workers[slot] = worker
         try:
-            worker.start(self.name)
+            worker.start(self.name, self.timeout_s)
         except BaseException:
-            self._drop(slot, worker)
+            self._drop(slot)
             raise
         return worker
 
-    def _drop(self, slot: int, worker: _Worker | None) -> None:
-        if worker is not None:
+    def _lose(self, slot: int, error: Exception) -> Judgement:
+        self._drop(slot)
+        if isinstance(error, process.DeadlinePassed):
+            with self._lock:
+                self._overstay_s = max(self._overstay_s, time.monotonic() - error.deadline)
+        return process.verdict_on(error, self.timeout_s)
+
+    def _drop(self, slot: int) -> None:
+        if worker := self._workers.get(slot):
             worker.kill()
             with self._lock:
-                self._pids.pop(slot, None)
-
-
-class _Worker:
-    """One worker process, in its own process group."""
-
-    def __init__(self, closing: threading.Event) -> None:
-        self._closing = closing
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hapo_async.verify.worker", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            bufsize=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        assert self._process.stdin and self._process.stdout
-        self.pid = self._process.pid
-        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._in, False)
-        os.set_blocking(self._out, False)
-        self._decoder = wire.Decoder()
-        self._messages: deque[dict[str, Any]] = deque()
-
-    def start(self, name: str) -> None:
-        """Raises ConfigError when the verifier cannot be loaded, RunError when the process does not come up."""
-        try:
-            self.send({"name": name, "path": [p for p in sys.path if p]}, _START_DEADLINE_S)
-            message = self._receive(time.monotonic() + _START_DEADLINE_S)
-        except (DeadlinePassed, WorkerDied) as error:
-            raise RunError(f"a verifier worker for {name!r} did not start: {error}") from None
-        if not message.get("ready"):
-            raise ConfigError(str(message.get("detail")))
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def send(self, message: Any, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        view = memoryview(wire.encode(message))
-        while view:
-            self._wait(self._in, deadline, for_write=True)
-            try:
-                view = view[os.write(self._in, view) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise WorkerDied(self._exit_code()) from None
-
-    def receive_judgement(self, timeout_s: float) -> Judgement:
-        """The next judgement; the clock stops while the worker imports.
-
-        Raises DeadlinePassed, WorkerDied, ValueError.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            message = self._receive(deadline)
-            if "loading" in message:
-                deadline = time.monotonic() + (_START_DEADLINE_S if message["loading"] else timeout_s)
-                continue
-            return Judgement(
-                Verdict(str(message.get("verdict"))),
-                message.get("reward"),
-                message.get("components") or {},
-                float(message.get("seconds") or 0.0),
-                str(message.get("detail") or ""),
-            )
-
-    def kill(self) -> None:
-        """SIGKILL to the whole group, then reap."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        while not self._messages:
-            self._wait(self._out, deadline, for_write=False)
-            try:
-                data = os.read(self._out, 1 << 20)
-            except BlockingIOError:
-                continue
-            if not data:
-                raise WorkerDied(self._exit_code())
-            self._messages.extend(self._decoder.feed(data))
-        return self._messages.popleft()
-
-    def _wait(self, descriptor: int, deadline: float, for_write: bool) -> None:
-        """Returns when the descriptor is ready; sees a worker that is gone while a child of it holds the pipe."""
-        poller = select.poll()
-        poller.register(descriptor, select.POLLOUT if for_write else select.POLLIN)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise DeadlinePassed("no answer in time")
-            if poller.poll(1000 * min(left, _SLICE_S) + 1):
-                return
-            if self._closing.is_set():
-                raise RunError("the verifier pool was closed.")
-            if not self.is_alive():
-                raise WorkerDied(self._exit_code())
-
-    def _exit_code(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout=5)
-        return None
-
-
-def _wire_item(item: Item) -> list[Any]:
-    prompt, response, truth, *extra = item
-    return [prompt, response, truth, dict(extra[0]) if extra else {}]
+                self._workers.pop(slot, None)
 
 
 def _fail(jobs: Sequence[_Job], error: Exception) -> None:

@@ -1,11 +1,12 @@
-"""A verifier worker process: ``python -m hapo_async.verify.worker PARENT_PID``, started and killed by ``verify.pool``.
+"""A verifier worker process: ``python -m hapo_async.verify.worker PARENT_PID``, started and killed by ``verify.process``.
 
-Frames in: ``{"name", "path"}`` once, then ``{"items": [[prompt, response, truth, extra], ...]}``. Frames out:
-``{"ready": true}``; ``{"loading": bool}`` around slow imports, which do not count against a judgement's deadline; one
-``{"verdict", "reward", "components", "seconds", "detail"}`` per item, in order.
+Frames in: ``{"name", "path", "timeout_s", "token"}`` once, then ``{"items": [[prompt, response, truth, extra], ...]}``.
+Frames out: ``{"ready": true}``; ``{"loading": bool}`` around slow imports, which do not count against a judgement's
+deadline; one ``{"verdict", "reward", "components", "seconds", "detail", "fault"}`` per item, in order.
 
 The pipes are moved to private descriptors before any plug-in is imported, and descriptor 1 is pointed at standard
-error: whatever a plug-in prints cannot corrupt the stream. The process dies with its parent.
+error: whatever a plug-in prints cannot corrupt the stream. The process dies with its parent, its children with it; its
+limits (``verify.fences``) hold from the moment it is ready.
 """
 
 from __future__ import annotations
@@ -19,33 +20,46 @@ import sys
 from typing import Any
 
 from hapo_async.errors import ConfigError
-from hapo_async.verify import judge_text, math, resolve, wire
+from hapo_async.verify import fences, is_plugin, judge_text, math, plugin, resolve, wire
 
 _PR_SET_PDEATHSIG = 1
+_CPU_SHARE = 2.0  # processor seconds per second of the deadline: a plug-in may have threads
 
 
 def main(parent_pid: int) -> None:
     _die_with(parent_pid)
     source, sink = _private_pipes()
     decoder = wire.Decoder()
-    name = ""
-    math.loading_hook = lambda loading: wire.write_all(sink, wire.encode({"loading": loading}))
+    name, cpu_s = "", 0.0
+
+    def loading(starts: bool) -> None:
+        wire.write_all(sink, wire.encode({"loading": starts}))
+        fences.allow_cpu(cpu_s + (600.0 if starts else 0.0))
+
+    math.loading_hook = loading
     while data := os.read(source, 1 << 20):
         for message in decoder.feed(data):
             if "items" not in message:
-                name = message["name"]
-                _start(name, message["path"], sink)
+                name, cpu_s = message["name"], _CPU_SHARE * message["timeout_s"]
+                _start(name, message["path"], message["token"], sink)
             for prompt, response, truth, extra in message.get("items", ()):
+                fences.allow_cpu(cpu_s)
                 wire.write_all(sink, wire.encode(_judge(name, prompt, response, truth, extra)))
 
 
-def _start(name: str, path: list[str], sink: int) -> None:
+def _start(name: str, path: list[str], token: str, sink: int) -> None:
     sys.path += [entry for entry in path if entry not in sys.path]
+    if is_plugin(name):
+        fences.watch_over(token)
     try:
         resolve(name)
     except ConfigError as error:
         wire.write_all(sink, wire.encode({"ready": False, "detail": str(error)}))
         return
+    if is_plugin(name):
+        fences.confine(plugin.memory_bytes(name, fences.PLUGIN_MEMORY_BYTES), fences.MOST_PROCESSES)
+    else:
+        fences.confine(fences.BUILTIN_MEMORY_BYTES, 0)
     wire.write_all(sink, wire.encode({"ready": True}))
 
 
@@ -53,19 +67,14 @@ def _judge(name: str, prompt: str, response: str, truth: Any, extra: Any) -> dic
     try:
         judgement = judge_text(name, prompt, response, truth, extra)
     except BaseException as error:  # SystemExit and Math-Verify's TimeoutException too: the judge crashed
-        return {
-            "verdict": "crash",
-            "reward": None,
-            "components": {},
-            "seconds": 0.0,
-            "detail": f"{type(error).__name__}: {error}"[:500],
-        }
+        return {"verdict": "crash", "detail": f"{type(error).__name__}: {error}"[:500]}
     return {
         "verdict": str(judgement.verdict),
         "reward": judgement.reward,
         "components": dict(judgement.components),
         "seconds": judgement.seconds,
         "detail": judgement.detail,
+        "fault": str(judgement.fault),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hapo_async.types import Answer, Group, GroupKey, Segment, Source, Verdict, Version, VersionSpan
+from hapo_async.types import Answer, Fault, Group, GroupKey, Segment, Source, Verdict, Version, VersionSpan
 
 
 def group_of(*texts: str) -> Group:
@@ -48,6 +48,15 @@ def test_groups_are_judged_by_reference_and_in_order(ray_session, actor):
 def test_each_group_may_name_its_verifier(ray_session, actor):
     judged = actor.judge.remote(group_of("A: 2"), "", 2, "boxed")
     assert [j.verdict for j in ray_session.get(judged, timeout=120)] == [Verdict.UNPARSEABLE]
+
+
+def test_an_answer_that_kills_its_worker_is_charged_and_a_truth_that_is_none_is_masked(ray_session, actor):
+    judging = actor.judge.remote(group_of("fine", "abort", "fine"), "", "t", "tests.verify_plugins:naughty")
+    assert [j.reward for j in ray_session.get(judging, timeout=120)] == [1.0, 0.0, 1.0]
+    masked = ray_session.get(actor.judge.remote(group_of(r"\boxed{1}"), "", None), timeout=120)
+    assert [(j.reward, j.fault) for j in masked] == [(None, Fault.PROMPT)]
+    stats = ray_session.get(actor.stats.remote(), timeout=60)
+    assert (stats["judged"], stats["charged"], stats["masked"]) == (4, 1, 1) and stats["p99_s"] >= stats["p50_s"]
 
 
 def test_it_says_how_much_waits_while_it_judges(ray_session, actor, tmp_path):
