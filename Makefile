@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test lint types check clean
+.PHONY: help install quickstart test chaos lint types check clean
 
 help:  ## Print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,8 +17,11 @@ quickstart: install  ## Train the built-in model with HAPO: a few minutes on two
 test: install  ## Run all tests
 	$(PY) -m pytest tests
 
-lint: install  ## Style, import direction
-	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) tools/check_imports.py
+chaos: install  ## Break real runs in every way, about an hour and a half; goes on where it was
+	$(PY) tools/chaos.py && $(PY) tools/chaos.py --table
+
+lint: install  ## Style, import direction, security
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) tools/check_imports.py && $(PY) tools/security_lint.py
 
 types: install  ## Type check
 	$(PY) -m mypy

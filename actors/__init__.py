@@ -1,6 +1,12 @@
 """Where things run: the only code that imports ray, vllm, deepspeed or zmq. Each file hosts the module of its name."""
 
 import os
+import sys
+
+if os.path.basename(sys.argv[0] if sys.argv else "") == "default_worker.py":  # noqa: PTH119
+    from hapo_async import secrets
+
+    secrets.install()  # a process of Ray's: what it logs lies in Ray's folder
 
 if not os.environ.get("RAY_ADDRESS"):
     # A Ray that we start ourselves stays on loopback. Ray reads this variable when it is imported: with it (and the

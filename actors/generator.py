@@ -23,6 +23,7 @@ from actors import transports, vllm_engine
 from actors.transports import Data, Offer, Receiver
 from actors.vllm_device import WorkerReceiver
 from hapo_async import engine as engines
+from hapo_async import secrets
 from hapo_async.config import Config
 from hapo_async.lora import Lora, Merger
 from hapo_async.rows import Sampled
@@ -62,6 +63,7 @@ class GeneratorActor:
     def __init__(self, name: str, model_path: str, config: dict[str, Any], device_info: dict[str, Any]) -> None:
         self.name = name
         self.model_path = model_path
+        secrets.learn(config)
         self.config = Config.model_validate(config)
         self.device = device_info.get("device", "cpu")
         if self.device == "cpu":

@@ -11,11 +11,14 @@ import contextlib
 import dataclasses
 import logging
 import os
+import secrets
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,7 +31,9 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hapo_async import guardian
 from hapo_async.errors import RunError
+from hapo_async.secrets import learn_environment
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +60,86 @@ class LocalRay:
     def __init__(self, num_cpus: int) -> None:
         for key, value in ACTOR_ENV.items():
             os.environ.setdefault(key, value)
+        _protect_token()
         self._before = {p.pid for p in psutil.Process().children(recursive=True)}
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            resources={SPARE: SPARES},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(_short_temp_dir()),
-            object_store_memory=_object_store_bytes(),
-        )
+        try:
+            with guardian.marked():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    resources={SPARE: SPARES},
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(_short_temp_dir()),
+                    object_store_memory=_object_store_bytes(),
+                )
+        except BaseException:
+            end_processes(self._started())
+            raise
 
     def stop(self) -> None:
-        started = [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
+        started = self._started()
         ray.shutdown()
         end_processes(started)
 
+    @property
+    def pids(self) -> list[int]:
+        """What it consists of now."""
+        return [p.pid for p in self._started()]
 
-def _short_temp_dir() -> str:
-    """Ray's sockets live below its temp folder and their paths may not exceed 107 bytes."""
-    base = tempfile.gettempdir()
-    return os.path.join(base if len(base) < 40 else "/tmp", "ray")  # noqa: S108, PTH118
+    def _started(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
+
+
+def _short_temp_dir() -> Path:
+    """Ray's sockets live below its temp folder and their paths may not exceed 107 bytes. Ray opens its folders, with its logs
+    and sockets in them, to every user of the node: they lie in one that nobody else enters."""
+    base = Path(tempfile.gettempdir())
+    base = base if len(str(base)) < 28 else Path("/tmp")  # noqa: S108
+    folder = base / f"hapo-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():  # somebody else took the name
+        return Path(tempfile.mkdtemp(prefix="hapo-", dir=base)) / "r"
+    if stat.S_IMODE(about.st_mode) != 0o700:
+        folder.chmod(0o700)
+    return folder / "r"
+
+
+def _protect_token() -> None:
+    """Whoever has Ray's token may run code in the cluster. Ray would write it readable for everybody: it is made here, for its
+    owner alone. A user who switched the token off, or gave another one, is left alone."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        log.warning("RAY_AUTH_MODE=%s: every user of this node can run code in this Ray", os.environ["RAY_AUTH_MODE"])
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            _write_once(path, secrets.token_hex(32))
+        elif path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        log.warning("Ray's token is kept in this run's environment: %s cannot be written: %s", path, error.strerror)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    learn_environment()
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Whole, for its owner alone, and only where nothing has the name yet."""
+    handle, fresh = tempfile.mkstemp(dir=path.parent)  # 0600
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        Path(fresh).unlink()
 
 
 def _object_store_bytes() -> int:
@@ -115,6 +177,11 @@ class Cluster:
     def device(self) -> str:
         return "cuda" if self.gpus >= 1 else "cpu"
 
+    @property
+    def pids(self) -> list[int]:
+        """Processes of a Ray that this call started."""
+        return self.local.pids if self.local else []
+
     def stop(self) -> None:
         """Leaves things as they were: a Ray that was there before goes on."""
         if self.local:
@@ -135,7 +202,7 @@ def join(actors: int) -> Cluster:
         log.info("using the Ray that this process is connected to")
     elif os.environ.get("RAY_ADDRESS"):
         joined = True
-        environment = {"env_vars": ACTOR_ENV}
+        environment = {"env_vars": {**ACTOR_ENV, guardian.MARKER: guardian.marker()}}
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING, runtime_env=environment)
     else:
         local = LocalRay(num_cpus=max(actors, os.cpu_count() or 1))

@@ -5,7 +5,8 @@
       request.json      the one request, linked into place whole, gone when it has its outcome
       answer.json       replaced whole: the request's id, what has been done so far, and in the end the outcome
 
-Both sides read regular files of at most ``MAX_BYTES`` and check them against a schema; what does not fit is not obeyed.
+Both sides read regular files of at most ``MAX_BYTES`` and check them against a schema; what does not fit is not obeyed. A
+pipe, a link, a folder or a device in their place is set aside and never waited for.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
-import json
 import logging
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,9 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hapo_async.errors import ConfigError, RunError
+from hapo_async.files import open_regular, parse_json, read_regular
 from hapo_async.rundir import LOCK
+from hapo_async.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -78,41 +79,47 @@ class Desk:
     """Where the driver takes requests, one at a time. refuses: see ``Driver``."""
 
     def __init__(self, run_dir: Path, refuses: str = "") -> None:
+        self._refused = ""  # why the last thing in a request's place was none
         self.folder = run_dir / FOLDER
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            _clear(self.folder)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         self.folder.chmod(0o700)
-        for name in (REQUEST, ANSWER):  # to a driver that is no more
-            (self.folder / name).unlink(missing_ok=True)
+        for name in (REQUEST, ANSWER, DRIVER):  # to a driver that is no more
+            _clear(self.folder / name)
         _replace(self.folder / DRIVER, Driver(pid=os.getpid(), refuses=refuses))
 
     def take(self) -> Request | None:
-        """The request that waits, if it is one. Anything else is removed, with a word in the log."""
+        """The request that waits, if it is one. Anything else is set aside, with a word in the log."""
         path = self.folder / REQUEST
         try:
-            return _read(path, Request)
+            request = _read(path, Request)
         except FileNotFoundError:
+            self._refused = ""
             return None
         except (OSError, ValueError) as error:
-            log.error("%s is no request and is removed: %s", path, error)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if (why := str(error)[:MAX_LINE]) != self._refused:  # else it cannot be set aside, and that has been said
+                log.error("%s is no request and is set aside: %s", path, why)
+            self._refused = why
+            _clear(path)
             return None
+        self._refused = ""
+        return request
 
     def answer(self, request: Request, lines: Sequence[str], outcome: Literal["", "done", "failed"] = "") -> None:
         """Says how far the request is; with an outcome it is over. A disk that is full costs the answer and not the run."""
         try:
             kept = [*lines[: MAX_LINES - 1], lines[-1]] if len(lines) > MAX_LINES else lines
-            short = tuple(line[:MAX_LINE] for line in kept)
+            short = tuple(redact(line)[:MAX_LINE] for line in kept)
             _replace(self.folder / ANSWER, Answer(id=request.id, lines=short, outcome=outcome))
             if outcome:
-                (self.folder / REQUEST).unlink(missing_ok=True)
+                _clear(self.folder / REQUEST)
         except OSError as error:
             log.error("request %s cannot be answered: %s", request.id, error)
 
     def close(self) -> None:
         """No request is taken from now on; one that waits is told so."""
-        with contextlib.suppress(OSError):
-            (self.folder / DRIVER).unlink(missing_ok=True)
+        _clear(self.folder / DRIVER)
         if request := self.take():
             self.answer(request, ["the run ends: nothing is changed any more"], "failed")
 
@@ -154,7 +161,7 @@ def new_request(wanted: Sequence[str], drain_deadline_s: float = 60.0, wait_s: f
 def driver_of(run_dir: Path) -> int | None:
     """The pid of the driver that owns the run folder now, None when there is none on this machine."""
     try:
-        with (run_dir / LOCK).open() as lock:
+        with open_regular(run_dir / LOCK) as lock:
             pid = int(lock.read(32).strip() or 0)
             if not pid or not psutil.pid_exists(pid):
                 return None
@@ -163,7 +170,7 @@ def driver_of(run_dir: Path) -> int | None:
             except BlockingIOError:
                 return pid
             return None  # a pid that somebody else has by now
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return None
 
 
@@ -238,24 +245,31 @@ def _withdraw(run_dir: Path, request: Request) -> None:
 
 def _read(path: Path, kind: type[M]) -> M:
     """Raises OSError, or ValueError for what does not fit."""
-    number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(number, "rb") as file:
-        about = os.fstat(number)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is no regular file")
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-    return kind.model_validate(json.loads(data))
+    return kind.model_validate(parse_json(read_regular(path, MAX_BYTES, follow=False)))
 
 
 def _write(path: Path, message: BaseModel) -> None:
-    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A file that was not there before: whatever has its name already is not opened."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(message.model_dump_json())
 
 
 def _replace(path: Path, message: BaseModel) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    _write(fresh, message)
-    fresh.replace(path)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        _write(fresh, message)
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
+
+
+def _clear(path: Path) -> None:
+    """Makes a name free: what has it is removed, and a folder is moved beside it."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            path.rename(path.with_name(f".{path.name}.{secrets.token_hex(8)}"))
+        else:
+            path.unlink(missing_ok=True)

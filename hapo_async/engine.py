@@ -196,7 +196,11 @@ def load_model(path: str, device: str, dtype: str) -> Any:
 
     name = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, name), attn_implementation=ATTENTION, trust_remote_code=False
+        path,
+        dtype=getattr(torch, name),
+        attn_implementation=ATTENTION,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return model.to(device)
 

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hapo_async.files import open_regular, parse_json
+from hapo_async.secrets import redact
+
 log = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
@@ -38,8 +41,8 @@ class Events:
         self._step, self._say = step, say
 
     def add(self, kind: str, label: str, text: str) -> None:
-        event = Event(self._step(), time.time(), kind, label, text)
-        self._say(f"step {event.step}: {text}")
+        event = Event(self._step(), time.time(), kind, redact(label), redact(text))
+        self._say(f"step {event.step}: {event.text}")
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(event)) + "\n")
@@ -50,13 +53,14 @@ class Events:
 def read(run_dir: Path) -> list[Event]:
     """All events of a run folder, oldest first. Lines that are not whole are left out."""
     try:
-        lines = (run_dir / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_regular(run_dir / EVENTS_FILE) as file:
+            lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return []
     out = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             out.append(Event(int(row["step"]), float(row["time"]), *(str(row[k]) for k in ("kind", "label", "text"))))
         except (ValueError, KeyError, TypeError):
             continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -16,12 +18,30 @@ from rich.table import Table
 from rich.text import Text
 
 from hapo_async.report.charts import format_value
+from hapo_async.terminal import Terminal
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COURSE = 32  # characters of the reward's course
 _COLORS = {"generator": "yellow", "verifier": "magenta", "learner": "blue", "sync": "cyan", "staleness": "red"}
 
 Row = Mapping[str, Any]
+
+
+class _Output:
+    """Standard output, where a full disk or a closed pipe costs the text and not the run."""
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stdout.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
 
 
 class LiveView:
@@ -39,7 +59,7 @@ class LiveView:
         began: float | None = None,
     ) -> None:
         self.total_steps = total_steps
-        self.console = console or Console()
+        self.console = console or Terminal(file=cast(IO[str], _Output()))
         self.step = 0
         self.note = ""
         self._clock = clock

@@ -20,7 +20,8 @@ def parameter_count(model_path: str) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        settings = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     model.tie_weights()
     return sum(p.numel() for p in model.parameters())
 

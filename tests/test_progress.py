@@ -43,7 +43,7 @@ def test_every_layer_that_a_model_computes_is_counted(chain_model):
     assert progress.moves == policy.model.config.num_hidden_layers > 1
 
 
-def test_files_that_are_saved_count_and_other_writing_does_not(tmp_path):
+def test_files_that_are_loaded_or_saved_beside_count_and_other_writing_does_not(tmp_path):
     progress = Progress()
 
     def write() -> bool:
@@ -51,7 +51,9 @@ def test_files_that_are_saved_count_and_other_writing_does_not(tmp_path):
         (tmp_path / "big").write_bytes(bytes(3 << 20))
         return progress.read()["moved"] != before
 
-    with progress.during("save"):
+    with progress.during("load"):
+        assert write()
+    with progress.during("step"), progress.beside():
         assert write()
     with progress.during("step"):
         assert not write()

@@ -150,7 +150,7 @@ class CollectiveSender:
             size += width_of(member.key)
         token = lines.new_token()
         try:
-            exchange = lines.Exchange(self._address, token)
+            exchange = lines.Exchange(self._address, token, range(1, size))
             store = group.serve(self._address, time.monotonic() + CONNECT_S)
         except (OSError, RuntimeError) as error:
             raise TransferError(f"{self._backend}: cannot listen on {self._address}: {error}") from error
@@ -177,11 +177,10 @@ class CollectiveSender:
         return self._epoch
 
     def _meet(self, epoch: _Epoch) -> None:
-        ranks = range(1, epoch.size)
-        missing = epoch.exchange.gather(ranks, self._deadline)
+        missing = epoch.exchange.gather(self._deadline)
         lost = epoch.exchange.lost(0.0)
         if missing or lost:
-            came = f"{len(ranks) - len(missing)} of {len(ranks)} came"
+            came = f"{epoch.size - 1 - len(missing)} of {epoch.size - 1} came"
             raise self._break(epoch, came + (f", {epoch.names(missing)} did not" if missing else ""), lost)
         epoch.exchange.go()
         try:

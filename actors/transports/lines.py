@@ -3,24 +3,32 @@
 A collective alone notices a process that died only at its deadline. The kernel closes a dead process's line at once, and
 whoever leaves for a reason says it on the line first. What travels: the hello (token and rank, of fixed length), one byte
 back for "go", and at most the reason.
+
+Strangers can connect until "go". They are told nothing, sent away when they have not said the hello within HELLO_S, and the
+oldest of them when there are more than MOST_CALLERS; members say theirs as they connect, and wait behind nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import secrets
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 REASON_BYTES = 500
 GRACE_S = 0.5  # how long what was sent before the other end hung up may take to arrive
 NAP_S = 0.2  # how long a wait lasts that somebody may want to end early
 TOKEN_CHARS = 32
 HELLO_BYTES = TOKEN_CHARS + 8
+HELLO_S = 5.0
+MOST_CALLERS = 64  # that have not said their hello
+BACKLOG = 512
 GONE = "its process is gone"
 _GO = b"+"
 
@@ -29,58 +37,126 @@ def new_token() -> str:
     return secrets.token_hex(TOKEN_CHARS // 2)
 
 
+@dataclass
+class _Caller:
+    """Somebody who has not said the whole hello. since: ``time.monotonic``."""
+
+    since: float
+    said: bytes = b""
+
+
 class Exchange:
-    """The learner's ends. It listens on ``address`` alone."""
+    """The learner's ends: a line from each of ``ranks``. It listens on ``address`` alone, and a thread lets members in from the
+    first moment on, so that strangers cannot fill the queue at the door."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, ranks: Iterable[int]) -> None:
+        if ipaddress.ip_address(address).is_unspecified:
+            raise ValueError(f"members meet on one address of this node, not on the wildcard {address}")
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._token = token
-        self._listener = socket.create_server((address, 0), family=family)
-        self._callers: dict[socket.socket, bytes] = {}  # and what they have said of their hello
-        self._lines: dict[int, socket.socket] = {}
+        self._token, self._ranks = token.encode(), frozenset(ranks)
+        self._listener = socket.create_server((address, 0), family=family, backlog=BACKLOG)
+        self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
+        self._callers: dict[socket.socket, _Caller] = {}  # oldest first; the thread's
+        self._lines: dict[int, socket.socket] = {}
+        self._came = threading.Condition()
+        self._bell, self._ear = socket.socketpair()
+        self._door = threading.Thread(target=self._keep_door, name="weights-door", daemon=True)
+        self._door.start()
 
-    def gather(self, ranks: Iterable[int], deadline: float) -> set[int]:
-        """Waits for the hellos of ``ranks``: those that did not come by the deadline. Ends at once when a line is lost."""
-        missing = set(ranks)
-        while missing and (left := deadline - time.monotonic()) > 0 and not self.lost(0.0):
-            for one in _readable([self._listener, *self._callers], min(NAP_S, left)):
-                if one is self._listener:
-                    with contextlib.suppress(OSError):
-                        self._callers[self._listener.accept()[0]] = b""
-                else:
-                    self._hear(one, missing)
-        return missing
+    def gather(self, deadline: float) -> set[int]:
+        """Waits for all ranks: those that did not come by the deadline. Ends at once when a line is lost."""
+        while True:
+            with self._came:
+                missing = set(self._ranks - self._lines.keys())
+                left = deadline - time.monotonic()
+                if not missing or left <= 0 or self.lost(0.0):
+                    return missing
+                self._came.wait(min(NAP_S, left))
 
-    def _hear(self, caller: socket.socket, missing: set[int]) -> None:
-        said = self._callers.pop(caller)
-        more = _read(caller, HELLO_BYTES - len(said))
-        said += more
-        if more and len(said) < HELLO_BYTES:
-            self._callers[caller] = said
-            return
-        token, rank = said[:TOKEN_CHARS], said[TOKEN_CHARS:]
-        if hmac.compare_digest(token, self._token.encode()) and rank.isdigit() and int(rank) in missing:
-            missing.remove(int(rank))
-            self._lines[int(rank)] = caller
-        else:
+    def _keep_door(self) -> None:
+        try:
+            while self._ear not in (ready := _readable([self._ear, self._listener, *self._callers], HELLO_S)):
+                for one in ready:
+                    if one is self._listener:
+                        self._let_in()
+                    elif one in self._callers:
+                        self._hear(one)
+                self._send_away()
+        finally:
+            for one in (self._listener, self._ear, *self._callers):
+                one.close()
+
+    def _let_in(self) -> None:
+        """Everybody who waits at the door; what a member has said came with it."""
+        for _ in range(BACKLOG):
+            try:
+                caller = self._listener.accept()[0]
+            except BlockingIOError:
+                return
+            except OSError:  # they left, or this process has no descriptor for them
+                time.sleep(0.01)
+                return
+            self._callers[caller] = _Caller(time.monotonic())
+            self._hear(caller)
+            self._send_away()
+
+    def _send_away(self) -> None:
+        now = time.monotonic()
+        surplus = len(self._callers) - MOST_CALLERS
+        for number, (caller, about) in enumerate(list(self._callers.items())):
+            if number >= surplus and now - about.since < HELLO_S:
+                return  # the rest came later
+            del self._callers[caller]
             caller.close()
+
+    def _hear(self, caller: socket.socket) -> None:
+        about = self._callers[caller]
+        try:
+            more = caller.recv(HELLO_BYTES - len(about.said), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        said = about.said = about.said + more
+        if more and len(said) < HELLO_BYTES:
+            return
+        del self._callers[caller]
+        token, rank = said[:TOKEN_CHARS], said[TOKEN_CHARS:]
+        with self._came:
+            if (
+                hmac.compare_digest(token, self._token)
+                and rank.isdigit()
+                and int(rank) in self._ranks - self._lines.keys()
+            ):
+                self._lines[int(rank)] = caller
+                self._came.notify_all()
+            else:
+                caller.close()
 
     def go(self) -> None:
         """All are there: nobody else is let in."""
+        self._shut()
         for line in self._lines.values():
             with contextlib.suppress(OSError):
                 line.send(_GO)
-        for one in (self._listener, *self._callers):
-            one.close()
+
+    def _shut(self) -> None:
+        """The door closes; the thread is gone when this returns."""
+        with contextlib.suppress(OSError):
+            self._bell.send(b"\0")
+        self._door.join()
+        self._bell.close()
 
     def lost(self, nap: float) -> dict[int, str]:
         """Members whose line closed within ``nap`` seconds, and what they said."""
-        if not self._lines:
+        with self._came:
+            known = dict(self._lines)
+        if not known:
             time.sleep(nap)
             return {}
-        ready = _readable(self._lines.values(), nap)
-        return {rank: _words(line) for rank, line in self._lines.items() if line in ready}
+        ready = _readable(known.values(), nap)
+        return {rank: _words(line) for rank, line in known.items() if line in ready}
 
     def hang_up(self, within_s: float) -> dict[int, str]:
         """Tells the members that it is over, and listens for their last words; frozen ones say nothing."""
@@ -93,8 +169,9 @@ class Exchange:
         return words
 
     def close(self) -> None:
-        for one in (self._listener, *self._callers, *self._lines.values()):
-            one.close()
+        self._shut()
+        for line in self._lines.values():
+            line.close()
 
 
 class Line:

@@ -28,6 +28,7 @@ from zmq.utils import z85
 
 from actors.transports import zmq_wire
 from actors.transports.base import Member
+from actors.transports.zmq_guard import LOOK_S, Guard
 from actors.transports.zmq_shelf import Shelf, Transfer
 from hapo_async.types import Version
 from hapo_async.weights import Bucket, Manifest, TransferError
@@ -38,6 +39,8 @@ T = TypeVar("T")
 ZAP = "inproc://zeromq.zap.01"
 DOOR = "door"
 TICK_S = 0.5
+HANDSHAKE_S = 10.0
+"""Until then a connection has shown its key."""
 HEARTBEAT_S, SILENCE_S = 2.0, 20.0
 """A ping this often; a peer that is silent for that long has lost its connection, which frees what was queued for it."""
 MAX_PARKED = 4
@@ -50,6 +53,7 @@ class Seat:
 
     member: Member
     socket: zmq.Socket[bytes]
+    guard: Guard
     domain: str
     port: int
     fetching: str = ""
@@ -149,8 +153,8 @@ class Server:
                 self._leave(seat)
             domain = f"seat-{next(self._numbers)}"
             # libzmq counts what a peer has taken in halves of the queue: this many never refuses an honest window.
-            bound, port = self._bind(domain, queued=4 * (zmq_wire.WINDOW + 2))
-            self._seats[member.name] = Seat(member, bound, domain, port)
+            bound, guard, port = self._bind(domain, queued=4 * (zmq_wire.WINDOW + 2))
+            self._seats[member.name] = Seat(member, bound, guard, domain, port)
 
     def begin(self, version: Version, kind: str) -> None:
         self._shelf.begin(version, kind)
@@ -175,6 +179,8 @@ class Server:
     def _leave(self, seat: Seat) -> None:
         del self._seats[seat.member.name]
         self._poller.unregister(seat.socket)
+        self._poller.unregister(seat.guard.monitor)
+        seat.guard.close()
         seat.socket.close(linger=0)
 
     def _is_read(self, token: str) -> bool:
@@ -193,7 +199,7 @@ class Server:
             self._zap = self._context.socket(zmq.REP)
             self._zap.bind(ZAP)
             self._poller.register(self._zap, zmq.POLLIN)
-            self._door, port = self._bind(DOOR, queued=64)
+            self._door, self._door_guard, port = self._bind(DOOR, queued=64)
             self.door = f"tcp://{self._host}:{port}"
             while not self._stopping:
                 self._turn()
@@ -207,15 +213,27 @@ class Server:
             self._shelf = Shelf(self._is_read)
 
     def _turn(self) -> None:
-        for source, _ in self._poller.poll(int(1000 * TICK_S)):
+        guards = self._guards()
+        connected = any(guard.connections for guard in guards.values())
+        for source, _ in self._poller.poll(int(1000 * (LOOK_S if connected else TICK_S))):
             if source == self._ear.fileno():
                 self._ear.recv(4096)
                 self._run_calls()
             elif source is self._zap:
                 self._authorise()
-            elif not source.closed:
+            elif source.closed:
+                continue
+            elif source in guards:
+                guards[source].follow()
+            else:
                 self._take(source)
+        for guard in self._guards().values():
+            guard.look()
         self._shelf.tidy()
+
+    def _guards(self) -> dict[Any, Guard]:
+        """By their monitors."""
+        return {guard.monitor: guard for guard in (self._door_guard, *(seat.guard for seat in self._seats.values()))}
 
     def _run_calls(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -231,8 +249,8 @@ class Server:
             while True:
                 self._calls.get_nowait()[1].set_exception(TransferError(f"the zmq server has ended{self._failure}"))
 
-    def _bind(self, domain: str, queued: int) -> tuple[zmq.Socket[bytes], int]:
-        """A listening socket, and its port. queued: answers that may wait for one peer."""
+    def _bind(self, domain: str, queued: int) -> tuple[zmq.Socket[bytes], Guard, int]:
+        """A listening socket, who watches it, and its port. queued: answers that may wait for one peer."""
         bound = self._context.socket(zmq.ROUTER)
         bound.setsockopt(zmq.LINGER, 0)
         bound.setsockopt(zmq.IPV6, int(":" in self._host))
@@ -240,15 +258,19 @@ class Server:
         bound.setsockopt(zmq.SNDHWM, queued)
         bound.setsockopt(zmq.RCVHWM, 8 * zmq_wire.WINDOW)
         bound.setsockopt(zmq.MAXMSGSIZE, zmq_wire.MAX_REQUEST)
+        bound.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * HANDSHAKE_S))
         bound.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * HEARTBEAT_S))
         bound.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * SILENCE_S))
         bound.setsockopt(zmq.CURVE_SERVER, 1)
         bound.setsockopt(zmq.CURVE_SECRETKEY, self._secret_key)
         bound.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
         bound.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        guard = Guard(bound)
         bound.bind(f"tcp://{self._host}:*")
+        guard.port = int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._poller.register(bound, zmq.POLLIN)
-        return bound, int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._poller.register(guard.monitor, zmq.POLLIN)
+        return bound, guard, guard.port
 
     def _authorise(self) -> None:
         """Answers a question of libzmq (ZeroMQ RFC 27): may the owner of this key talk to this socket?"""
@@ -266,11 +288,14 @@ class Server:
     def _take(self, source: zmq.Socket[bytes]) -> None:
         """Answers a few requests that came in on one socket."""
         seat = next((s for s in self._seats.values() if s.socket is source), None)
+        guard = self._door_guard if seat is None else seat.guard
         for _ in range(2 * zmq_wire.WINDOW):
             try:
                 peer, frames = _receive(source)
             except zmq.Again:
                 return
+            if frames:
+                guard.heard(frames[0])
             try:
                 if len(frames) != 1:
                     raise TransferError("a request has one frame")

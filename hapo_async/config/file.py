@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hapo_async import subkeys
+from hapo_async import secrets, subkeys
 from hapo_async.config.sections import Config
 from hapo_async.errors import ConfigError
 
@@ -24,6 +24,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path)) if path is not None else {}
     for text in overrides:
         _apply_override(tree, text)
+    _refuse_redacted(tree, "")
     if path is not None and not (tree.get("run") or {}).get("dir"):
         run = tree.setdefault("run", {}) or {}
         tree["run"] = {**run, "dir": f"runs/{Path(path).stem}"}
@@ -40,6 +41,7 @@ def overridden(overrides: Sequence[str]) -> dict[str, Any]:
 
 def parse(tree: dict[str, Any]) -> Config:
     """Validates a plain tree. Raises ConfigError."""
+    secrets.learn(tree)
     _refuse_unknown(tree, Config, "")
     try:
         return Config.model_validate(tree)
@@ -48,7 +50,8 @@ def parse(tree: dict[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole tree, with ``secrets.MARK`` in place of secrets."""
+    return yaml.safe_dump(secrets.redacted(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -79,6 +82,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     key = key.strip().removeprefix("--")
+    secrets.learn({key: raw})
     if not equals or not key:
         raise ConfigError(f"override {text!r} is not of the form key=value, such as train.steps=10.")
     try:
@@ -97,6 +101,15 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
             raise ConfigError(f"override {text!r}: {parent!r} is a value, not a section.")
         node = child
     node[leaf] = value
+
+
+def _refuse_redacted(tree: Any, key: str) -> None:
+    """Raises ConfigError where a value is that of a run folder's config.yaml, which holds no secrets."""
+    if isinstance(tree, dict | list):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _refuse_redacted(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, str) and secrets.MARK in tree:
+        raise ConfigError(f"{key}={tree!r} holds {secrets.MARK} in place of a secret. Give it again: {key}=...")
 
 
 def _number(text: str) -> str | float:

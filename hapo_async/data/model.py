@@ -12,6 +12,7 @@ from hapo_async.data.source import hub_reachable
 from hapo_async.errors import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 
 
@@ -31,6 +32,7 @@ def resolve_model(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model folder {model!r} holds no config.json. Give a folder written by save_pretrained.")
+        _refuse_pickles(path, model)
         return str(path.resolve())
     if path.exists():
         raise ConfigError(f"model {model!r} is a file. Give the folder that holds its config.json.")
@@ -38,6 +40,17 @@ def resolve_model(model: str) -> str:
         raise ConfigError(f"model folder {model!r} does not exist. Give one that does, or a Hugging Face id.")
     _check_hub(model)
     return model
+
+
+def _refuse_pickles(folder: Path, model: str) -> None:
+    """Raises ConfigError for weights that would have to be unpickled."""
+    names = sorted(p.name for p in folder.iterdir() if p.name != "training_args.bin")
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"model folder {model!r} holds its weights in {pickled[0]}, which is a pickle: loading it may run code. Convert it "
+            "to safetensors, where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)."
+        )
 
 
 def _check_hub(model: str) -> None:

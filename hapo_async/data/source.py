@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_async.errors import DataError
+from hapo_async.files import parse_json
 
 Row = dict[str, Any]
 
@@ -66,7 +66,7 @@ def _read_lines(path: Path) -> list[Row]:
 
 def _row(line: str, path: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise DataError(
             f"{path} line {number} is not JSON: {error}. Line: {line.strip()[:80]!r}. Fix or remove it."
@@ -87,7 +87,7 @@ def _read_json(path: Path) -> list[Row]:
     if not text.strip():
         return []
     try:
-        tree = json.loads(text)
+        tree = parse_json(text)
     except ValueError as error:
         if len(text.strip().splitlines()) > 1 and text.lstrip().startswith("{"):
             return _read_lines(path)  # JSON lines under the wrong name

@@ -35,6 +35,7 @@ from hapo_async.driver.fleet import Fleet
 from hapo_async.driver.judges import Judges
 from hapo_async.driver.setup import Prepared, check_libraries
 from hapo_async.errors import ConfigError, DataError, RunError, UserError
+from hapo_async.guardian import Guardian
 from hapo_async.holdout import EarlyStop, Split
 from hapo_async.recipe import Recipe
 from hapo_async.rundir import RunDir
@@ -267,16 +268,18 @@ def generate_only(prepared: Prepared, say: Say) -> Path:
             say(text)
             note("running")
 
-        cluster = placement.join(c.generator.count)
-        try:
-            check_libraries(c, cluster.device == "cuda")
-            asyncio.run(_generate(offline, prepared, cluster, tell))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                note("failed")
-            raise
-        finally:
-            cluster.stop()
+        with Guardian(folder.path) as guardian:
+            cluster = placement.join(c.generator.count)
+            try:
+                guardian.tell(cluster.pids)
+                check_libraries(c, cluster.device == "cuda")
+                asyncio.run(_generate(offline, prepared, cluster, tell))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    note("failed")
+                raise
+            finally:
+                cluster.stop()
         note("done")
         return offline.cache.folder
 

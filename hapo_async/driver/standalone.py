@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from hapo_async.driver.judges import Judges
 from hapo_async.driver.setup import check_context, check_libraries, free_name
 from hapo_async.errors import ConfigError, DataError
 from hapo_async.evaluation import analyses, evaluate, verdicts
+from hapo_async.files import json_line
+from hapo_async.guardian import Guardian
 from hapo_async.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,14 @@ def evaluate_model(
     keeper = _Keeper(wanted)
     if save:
         keeper.open(save)
-    cluster = placement.join(config.generator.count)
-    try:
-        scored = asyncio.run(_score(config, model_path, cluster, benchmarks, keeper if save or analyse else None))
-    finally:
-        cluster.stop()
-        keeper.close()
+    with Guardian() as guardian:
+        cluster = placement.join(config.generator.count)
+        try:
+            guardian.tell(cluster.pids)
+            scored = asyncio.run(_score(config, model_path, cluster, benchmarks, keeper if save or analyse else None))
+        finally:
+            cluster.stop()
+            keeper.close()
     metrics: dict[str, float] = {}
     for name, results in scored.items():
         sizes = evaluate.ladder(benchmarks[name].settings.k)
@@ -141,7 +144,7 @@ class _Keeper:
         if (name, scored.prompt.uid) in self.wanted:
             self.rows[name, scored.prompt.uid] = row
         if self._file:
-            self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            self._file.write(json_line(row, default=str))
 
     def close(self) -> None:
         if self._file:

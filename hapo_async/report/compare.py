@@ -135,7 +135,7 @@ def write(found: Comparison, path: Path) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(f"the page cannot be written to {str(path)!r}: {error.strerror}.") from None
 

@@ -7,8 +7,9 @@ page is opened. What is drawn is decided in ``panels`` and ``questions``; here a
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +24,18 @@ from hapo_async import events, metrics
 from hapo_async.bottleneck import bottleneck
 from hapo_async.errors import UserError
 from hapo_async.evaluation import verdicts
+from hapo_async.files import parse_json, read_regular
 from hapo_async.report import marks, panels, questions, samples
 from hapo_async.report.charts import SMALL, Line, format_value, line_chart, sparkline
 from hapo_async.report.panels import STAGES, Panel, Section, recorded
+from hapo_async.secrets import redact
 from hapo_async.words import plural
 
 Rows = Sequence[dict[str, Any]]
 
 REPORT_FILE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
+_MOST_READ = 16 << 20  # bytes of a file that the driver wrote
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def write(run_dir: str | Path) -> Path:
         raise UserError(f"run folder {str(run_dir)!r} does not exist. Give the folder that `train` printed as run.dir.")
     target = folder / REPORT_FILE
     fresh = target.with_suffix(".tmp")
-    fresh.write_text(render(folder), encoding="utf-8")
+    fresh.write_text(redact(render(folder)), encoding="utf-8", errors="replace")
     fresh.replace(target)
     return target
 
@@ -79,11 +83,14 @@ def render(folder: Path) -> str:
 
 
 def page(template: str, **values: Any) -> str:
-    """A page of ``templates/``."""
+    """A page of ``templates/``. Its policy lets nothing be fetched and no script run but its own, whatever a text that it shows
+    would try."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template).render(**values)
+    script = environment.get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(**values, script=Markup(script), script_digest=digest)  # noqa: S704
 
 
 def _sections(rows: Rows, config: dict[str, Any], folder: Path) -> list[Section]:
@@ -108,9 +115,9 @@ def _sections(rows: Rows, config: dict[str, Any], folder: Path) -> list[Section]
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        text = read_regular(folder / "config.yaml", _MOST_READ).decode("utf-8")
         tree = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}, ""
     return (tree, text) if isinstance(tree, dict) else ({}, text)
 
@@ -149,7 +156,7 @@ def _last_step(rows: Rows) -> int:
 def _read_status(folder: Path) -> dict[str, Any]:
     """What the driver last said of the run; {} when it said nothing."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = parse_json(read_regular(folder / "status.json", _MOST_READ))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

@@ -6,7 +6,6 @@ and fields that are missing are shown as missing.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_async.evaluation import diversity
+from hapo_async.files import open_regular, parse_json
 
 _LINES_READ = 16  # groups looked at per place, from which the most telling are shown
 _TEXT_SHOWN = 900  # characters of one text; the rest is counted
@@ -51,8 +51,7 @@ class SampleGroup:
 def pick(folder: Path, per_place: int = 2) -> list[SampleGroup]:
     """Groups from the beginning, the middle and the end of the rollouts, of each place the ones that show most: an
     injected teacher, both right and wrong answers. Empty when nothing is readable."""
-    files = sorted(folder.glob("*.jsonl"), key=_natural) if folder.is_dir() else []
-    files = [f for f in files if f.stat().st_size]
+    files = [f for f in sorted(folder.glob("*.jsonl"), key=_natural) if f.is_file() and f.stat().st_size]
     if not files:
         return []
     total = sum(f.stat().st_size for f in files)
@@ -69,13 +68,13 @@ def pick(folder: Path, per_place: int = 2) -> list[SampleGroup]:
 def distinctness(folder: Path, files: int = 24, groups: int = 4) -> tuple[list[float], list[float]]:
     """(steps, 1 - Self-BLEU of the sampled answers of a group, mean over the first groups kept) for at most ``files``
     steps, evenly spread."""
-    found = sorted(folder.glob("step-*.jsonl"), key=_natural) if folder.is_dir() else []
+    found = [f for f in sorted(folder.glob("step-*.jsonl"), key=_natural) if f.is_file()]
     chosen = (
         [found[round(i * (len(found) - 1) / max(1, files - 1))] for i in range(files)] if len(found) > files else found
     )
     steps, values = [], []
     for path in chosen:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             kept = _parsed([file.readline() for _ in range(groups)])
         texts = [
             [str(a.get("text", "")) for a in g["answers"] if isinstance(a, dict) and not _is_teacher(a)] for g in kept
@@ -98,7 +97,7 @@ def _read_at(files: Sequence[Path], offset: float, from_end: bool) -> list[dict[
         if offset <= size or i == len(files) - 1:
             break
         offset -= size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if from_end:
             return _tail(file, path.stat().st_size)
         file.seek(int(min(offset, size)))
@@ -126,7 +125,7 @@ def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any]]:
     groups = []
     for line in lines:
         try:
-            group = json.loads(line)
+            group = parse_json(line)
         except ValueError:
             continue
         if isinstance(group, dict) and isinstance(group.get("answers"), list):

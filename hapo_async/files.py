@@ -1,0 +1,49 @@
+"""Reading and writing files of which somebody else may have decided what they are and what is in them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
+    """A regular file, for reading. follow: also behind a symbolic link. Never waits: a pipe, a socket, a device or a folder is
+    an OSError."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    number = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(number, "rb")
+
+
+def read_regular(path: Path, most: int, follow: bool = True) -> bytes:
+    """The whole file. Raises OSError, and ValueError where it is larger than ``most`` bytes."""
+    with open_regular(path, follow) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most} bytes")
+    return data
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Plain data. Raises ValueError, whatever is wrong: also for what is nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def json_line(row: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """One line of JSON that can be written as UTF-8, whatever texts are in it. default: of ``json.dumps``."""
+    line = json.dumps(row, ensure_ascii=False, default=default)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # halves of characters, which JSON can spell and UTF-8 cannot
+        line = json.dumps(row, default=default)
+    return line + "\n"
