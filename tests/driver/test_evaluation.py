@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from hapo_async.driver import fleet as fleets
 from hapo_async.driver.beside import BesideTraining
 from hapo_async.driver.evaluation import Evaluator, Scored
 from hapo_async.driver.fleet import Fleet, Generator
-from hapo_async.driver.run import _Run
+from hapo_async.driver.measuring import Measuring
 from hapo_async.driver.training import StepTimes, Trained
 from hapo_async.errors import RunError
 from hapo_async.evaluation import verdicts
@@ -324,13 +323,11 @@ def test_a_run_that_fails_writes_down_what_ran_beside_it(clock):
         loop = Training([StandInGenerator(f"g{i}") for i in range(2)], due=[])
         await loop.trainer.publish()
         await loop.fleet.wait_installed(Version(1, 0), 5.0)
-        run = Ending("detached", 4, [])
-        run.beside, written = loop.beside, []
-        run.journal = SimpleNamespace(settle=run._nothing, beside=lambda *row: written.append(row))
-        run.beside.start(0, Version(1, 0))
-        run.beside.start(2, Version(1, 0))
-        await run._write_rest()
-        return written, loop.fleet
+        run = Ending("detached", 4, [], loop.beside)
+        loop.beside.start(0, Version(1, 0))
+        loop.beside.start(2, Version(1, 0))
+        await run.measuring.give_up()
+        return run.written, loop.fleet
 
     written, fleet = clock.run(scenario())
     assert sorted(written) == [(0, {"eval/given_up": 1.0}), (2, {"eval/skipped": 1.0})]
@@ -357,24 +354,24 @@ def test_what_must_not_run_beside_training_is_a_barrier(clock, tree, possible):
     clock.run(scenario())
 
 
-class Ending(_Run):
-    """A run that is about to end at ``step`` of 100, with evaluations every 4 steps; rows: what ended beside training."""
+class Ending:
+    """A run at ``step`` of 100 with evaluations every 4 steps, as far as ``measuring`` sees it; rows: what ended beside
+    training. final: the steps of its barriers."""
 
-    def __init__(self, mode: str, step: int, rows: list[tuple[int, dict[str, float]]]) -> None:
+    def __init__(self, mode: str, step: int, rows: list[tuple[int, dict[str, float]]], beside: Any = None) -> None:
         self.config = config.parse({"eval": {"every": 4, "mode": mode}, "generator": {"count": 2}, "max_staleness": 1})
-        self.trainer: Any = SimpleNamespace(
-            version=Version(1, step), stopping=False, everywhere=self._nothing, attended=lambda work: work
+        self.stopped, self.final, self.written = asyncio.Event(), list[int](), list[tuple[int, dict[str, float]]]()
+        self.evaluator = SimpleNamespace(sets={"a": []}, run=self._answer)
+        trainer = SimpleNamespace(
+            config=self.config,
+            version=Version(1, step),
+            stopping=False,
+            everywhere=self._nothing,
+            attended=lambda work: work,
         )
-        self.beside: Any = SimpleNamespace(drain=self._nothing, take=lambda: [rows.pop() for _ in list(rows)])
-        self.fleet: Any = SimpleNamespace(wait_installed=self._nothing)
-        self.evaluator: Any = SimpleNamespace(sets={"a": []}, run=self._answer)
-        self.journal: Any = SimpleNamespace(beside=lambda *row: None, evaluation=lambda *row: None)
-        self.folder: Any = SimpleNamespace(model=None)
-        self.watchdog: Any = SimpleNamespace(during=contextlib.nullcontext)
-        self.offline, self._evaluated = None, None
-        self._stopped = asyncio.Event()
-        self.last_evals: dict[str, float] = {}
-        self.final: list[int] = []
+        beside = beside or SimpleNamespace(drain=self._nothing, take=lambda: [rows.pop() for _ in list(rows)])
+        journal = SimpleNamespace(beside=lambda *row: self.written.append(row), evaluation=lambda *row: None)
+        self.measuring = Measuring(trainer, self.evaluator, beside, journal, self.stopped)  # type: ignore[arg-type]
 
     async def _nothing(self, *_: object) -> None:
         pass
@@ -383,8 +380,9 @@ class Ending(_Run):
         self.final.append(step)
         return {"eval/a/pass@1": 0.9}
 
-    async def _checkpoint(self, step: int) -> Path:
-        return Path("unused")
+    async def at(self, step: int) -> dict[str, float]:
+        """What the row of a step gets."""
+        return await self.measuring.at(Trained(step, [], {}, StepTimes()))
 
 
 @pytest.mark.parametrize(
@@ -397,19 +395,29 @@ class Ending(_Run):
         ("detached", [(4, {"eval/a/pass@1": 0.5})], True),
     ],
 )
-def test_where_the_data_end_early_the_last_weights_are_evaluated_under_one_version(monkeypatch, mode, rows, again):
-    monkeypatch.setattr("hapo_async.driver.run.copy_model", lambda source, target: None)
+def test_where_the_data_end_early_the_last_weights_are_evaluated_under_one_version(mode, rows, again):
     run = Ending(mode, 8, list(rows))
-    asyncio.run(run._finish())
+    asyncio.run(run.measuring.at_the_end(ended_early=True))
     assert run.final == ([8] if again else [])
-    assert run.last_evals == {"eval/a/pass@1": 0.9 if again else 0.5}
+    assert run.measuring.last == {"eval/a/pass@1": 0.9 if again else 0.5}
 
 
 def test_an_older_evaluation_that_ends_before_the_final_one_is_not_taken_for_it():
     run = Ending("detached", 100, [(96, {"eval/a/pass@1": 0.5})])
-    asyncio.run(run._evaluate(100))
-    run._take_beside()
-    assert run.last_evals == {"eval/a/pass@1": 0.9} and run._evaluated == 100
+    asyncio.run(run.at(100))
+    asyncio.run(run.measuring.at_the_end(ended_early=True))
+    assert run.measuring.last == {"eval/a/pass@1": 0.9} and run.final == [100]
+
+
+def test_what_was_evaluated_past_a_checkpoint_is_evaluated_anew_after_a_restart():
+    """The learner goes back from step 8 to 6."""
+    run = Ending("detached", 8, [])
+    run.config.train.steps = 8
+    asyncio.run(run.at(8))
+    run.measuring._beside.forget = run._nothing  # type: ignore[method-assign]
+    asyncio.run(run.measuring.forget(6))
+    asyncio.run(run.measuring.at_the_end(ended_early=True))
+    assert run.final == [8, 8]
 
 
 @pytest.mark.parametrize("dies_s", [0.2, 7.0])
@@ -430,6 +438,7 @@ def test_training_takes_the_last_generator_back_from_an_evaluation(clock, dies_s
 def test_a_signal_does_not_wait_for_an_evaluation():
     async def scenario() -> tuple[Ending, dict[str, float], float]:
         run = Ending("barrier", 100, [])
+        run.config.train.steps = 100
         given_back: list[str] = []
 
         async def forever(step: int, version: Version) -> dict[str, float]:
@@ -439,14 +448,14 @@ def test_a_signal_does_not_wait_for_an_evaluation():
                 given_back.append("a generator")
             return {}
 
-        run.evaluator = SimpleNamespace(sets={"a": []}, run=forever)
-        evaluating = asyncio.create_task(run._evaluate(100))
+        run.evaluator.run = forever
+        evaluating = asyncio.create_task(run.at(100))
         await asyncio.sleep(0.01)
         began = asyncio.get_running_loop().time()
-        run._stopped.set()
+        run.stopped.set()
         values = await evaluating
         assert given_back
         return run, values, asyncio.get_running_loop().time() - began
 
     run, values, seconds = asyncio.run(scenario())
-    assert values == {"eval/given_up": 1.0} and run._evaluated is None and seconds < 2.0
+    assert values == {"eval/given_up": 1.0} and not run.measuring.last and seconds < 2.0
