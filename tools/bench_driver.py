@@ -130,6 +130,7 @@ class StubLearner:
     """Takes any batch at once."""
 
     is_remote = False
+    blamed: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         self.trained: list[GroupKey] = []
