@@ -248,7 +248,7 @@ def read(root: Path, cell: Cell) -> dict[str, Any]:
         "clip_frac": _mean(late, "policy/clip_frac"),
         "entropy": _mean(late, "policy/entropy"),
         "staleness": _mean(late, "staleness/mean"),
-        "skipped_groups": rows[-1].get("ledger/dropped/skipped_step", 0),
+        "skipped_groups": sum(rows[-1].get(f"ledger/dropped/{why}", 0) for why in ("skipped_step", "poisoned")),
         "start_s": rows[0].get("time/run_s"),
         "seconds": rows[-1].get("time/run_s"),
     }

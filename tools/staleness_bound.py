@@ -198,7 +198,9 @@ def count(folder: Path, eta: int, steps: int) -> dict[str, Any]:
     )
     out: dict[str, Any] = {
         "steps": metrics[-1]["step"],
-        "skipped_steps": round(metrics[-1].get("ledger/dropped/skipped_step", 0) / 4),
+        "skipped_steps": round(
+            sum(metrics[-1].get(f"ledger/dropped/{why}", 0) for why in ("skipped_step", "poisoned")) / 4
+        ),
         "groups": len(rows),
         "tokens": sum(ages.values()),
         "tokens_by_age": dict(sorted(ages.items())),
