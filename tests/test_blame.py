@@ -50,6 +50,7 @@ SPOILT = {
     "reward": (lambda s: math.inf, "its reward is inf"),
     "weight": (lambda s: -math.inf, "its weight is -inf"),
     "logp_behave": (lambda s: with_value(s.logp_behave, math.nan), "a behaviour log-prob is not finite"),
+    "version_steps": (lambda s: s.version_steps[:-1], "of different lengths"),
     "tokens": (lambda s: with_value(s.tokens, 10**6), "a token id of its answer is outside"),
     "prompt_tokens": (lambda s: with_value(s.prompt_tokens, -1), "a token id of its prompt is outside"),
 }

@@ -219,10 +219,14 @@ class Watchdog:
             is_still = now - still >= max(limit_s, pulse.patience_s) and pulse.unmoved > 1
             if now - silent >= limit_s and state != "frozen":
                 pulse.incident = self._name(pulse, "frozen", silent, now)
-            elif is_still and not state and not self._silent(pulse.actor.team, now):
+            elif is_still and not state and not self._silent(pulse.actor.team, now) and not self._is_starting(pulse):
                 pulse.incident = self._name(pulse, "stalled", still, now)
         if pulse.incident is not None and self.supervision is not None:
             self.supervision.lasting(pulse.incident, now)
+
+    def _is_starting(self, pulse: Pulse) -> bool:
+        """Nothing shows how far a learner is that loads its model."""
+        return pulse.actor.team == "learner" and self.supervision is not None and self.supervision.restarting()
 
     def _silent(self, team: str | None, now: float) -> list[str]:
         """The members of a team (None: all actors) that have been asked and have not answered for a while."""

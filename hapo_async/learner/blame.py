@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hapo_async.batch import MicroBatch, StepPlan
+from hapo_async.batch import MicroBatch, StepPlan, trained_positions
 from hapo_async.types import GroupKey, Source
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ class Blame:
 
 
 def unsound(plan: StepPlan, minis: Seq[Seq[Sequence]], vocabulary: int) -> list[Blame]:
-    """The groups that would poison a step, each once. minis: this rank's sequences of each mini-batch of ``plan``."""
+    """The groups that would poison a step, each once. minis: this rank's sequences of each mini-batch of ``plan``; those without
+    a token to train do no harm."""
     found: dict[GroupKey, str] = {}
     for groups, mini in zip(plan.minis, minis, strict=True):
         for sequence in mini:
             key = groups[sequence.group].key
-            if key not in found and (reason := _unsound(sequence, vocabulary)):
+            trains = len(trained_positions(sequence.sources)) > 0
+            if trains and key not in found and (reason := _unsound(sequence, vocabulary)):
                 found[key] = reason
     return [Blame(key, reason) for key, reason in found.items()]
 
@@ -49,6 +51,8 @@ def _unsound(s: Sequence, vocabulary: int) -> str:
     for name, value in (("advantage", s.advantage), ("weight", s.weight), ("reward", s.reward if s.judged else 0.0)):
         if not np.isfinite(value):
             return f"its {name} is {value}"
+    if not len(s.tokens) == len(s.sources) == len(s.logp_behave) == len(s.version_steps):
+        return "its tokens, sources, log-probs and versions are of different lengths"
     policy = s.sources == Source.POLICY
     if not np.isfinite(s.logp_behave[policy & (s.version_steps >= 0)]).all():
         return "a behaviour log-prob is not finite"
