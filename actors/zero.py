@@ -207,6 +207,8 @@ class ZeroBackend:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        from actors.host_copies import HostCopies
+
         tree = engine_config(config, dtype, device)
         # While this object lives, from_pretrained loads each weight straight into its ZeRO-3 partition.
         self._hf = HfDeepSpeedConfig(tree) if config.learner.zero_stage == 3 else None
@@ -220,6 +222,8 @@ class ZeroBackend:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=tree, dist_init_required=False
         )
+        self._copies = self.engine.checkpoint_engine = HostCopies()
+        self.engine._copy_recovery_script = lambda path: None  # the whole policy lies beside the shards anyway
         self.torch_optimizer = optimizer
         self.policy = policy
         self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
@@ -327,12 +331,15 @@ class ZeroBackend:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
             yield
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own state (each rank its shard) in ``folder``, frozen weights left out; a collective."""
-        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=self.lora is not None)
+    def capture(self, folder: Path) -> dict[Path, Any]:
+        """Copies of DeepSpeed's own state (of each rank its shard), by the files below ``folder`` that they belong into, frozen
+        weights left out; a collective that writes nothing."""
+        frozen: dict[str, Any] = {"exclude_frozen_parameters": self.lora is not None}
+        self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False, **frozen)
+        return self._copies.take()
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Restores what ``save`` wrote, or its conversion to DeepSpeed's universal format; a collective."""
+        """Restores what was written of ``capture``, or its conversion to DeepSpeed's universal format; a collective."""
         self.engine._config.load_universal_checkpoint = universal
         path, _ = self.engine.load_checkpoint(
             str(folder), tag="zero", load_lr_scheduler_states=False, load_module_strict=self.lora is None

@@ -1,14 +1,19 @@
 """What the ZeRO learner writes: the policy for others to load, and DeepSpeed's state to resume from.
 
-Every function is a collective: all ranks call it, in the same order.
+Saving has two halves. ``capture`` is a collective between two steps: it copies what belongs to the step boundary to host
+memory, and then training goes on. ``write`` runs in a thread of each rank, beside training, and touches the copies alone.
+The price is one more copy in host memory until it is written: of a rank's shard of weights and optimizer, and on rank 0 of
+the whole policy.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +21,97 @@ import torch
 
 from actors import weights
 from actors.zero import ZeroBackend
-from hapo_async import lora
+from hapo_async import checkpoint, lora
 from hapo_async.errors import RunError
 
+log = logging.getLogger(__name__)
 
-def save_model(backend: ZeroBackend, folder: Path, source: str, stretch_bytes: int) -> None:
-    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. Rank 0 holds one whole copy meanwhile. A LoRA
-    policy is merged, and its adapter lies beside it in peft's format."""
+
+@dataclass
+class Captured:
+    """A step boundary as one rank holds it. objects: what torch saves, by file. weights: the whole policy by Hugging Face's
+    names, on rank 0. about: what meta.json says, on rank 0."""
+
+    folder: Path
+    objects: dict[Path, Any]
+    weights: dict[str, torch.Tensor] | None = None
+    about: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank wrote: sizes and digests by the names below the checkpoint's folder. error: why not, "" where it did."""
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str = ""
+
+
+def capture(backend: ZeroBackend, folder: Path, stretch_bytes: int, rank_state: dict[str, Any]) -> Captured:
+    """A collective, and nothing is written. rank_state: this rank's own (random states, schedule)."""
+    from actors.host_copies import to_host
+
+    captured = Captured(folder, backend.capture(folder / "state"))
+    captured.objects[folder / "state" / f"rank{backend.rank}.pt"] = to_host(rank_state)
     state: dict[str, torch.Tensor] = {}
     for name, tensor in weights.walk(backend, stretch_bytes):
         if backend.rank == 0:
-            state[name] = tensor.cpu().clone()
-    failure: Exception | None = None
+            state[name] = tensor.to("cpu", copy=True)
     if backend.rank == 0:
-        try:
-            if backend.lora:
-                state, adapter = lora.taken_apart(state, backend.lora.scale)
-                lora.write(folder / lora.ADAPTER, adapter, backend.lora, backend.targets, source)
-            _write_model(backend.policy.model, state, folder, source)
-        except Exception as error:  # the others wait at the barrier: raise only behind it
-            failure = error
-    _barrier(backend)
-    if failure is not None:
-        raise failure
+        captured.weights = state
+        captured.about = {
+            "ranks": backend.world_size,
+            "zero_stage": backend.stage,
+            "critic": backend.policy.value_head is not None,
+            "lora": _lora(backend),
+            "deepspeed": _deepspeed_version(),
+        }
+    return captured
 
 
-def _write_model(model: Any, state: dict[str, torch.Tensor], folder: Path, source: str) -> None:
+def write(captured: Captured, backend: ZeroBackend, source: str) -> Written:
+    """Writes, syncs and describes this rank's files; no collective, and no error leaves it. source: the model whose tokenizer
+    belongs to the policy. The copies are gone afterwards."""
+    try:
+        return Written(_write(captured, backend, source))
+    except Exception as error:  # torch and safetensors have their own errors for a disk that is full
+        log.warning("the checkpoint in %s cannot be written", captured.folder, exc_info=True)
+        return Written(error=_why(error, captured.folder))
+    finally:
+        captured.objects.clear()
+        captured.weights = None
+
+
+@torch.no_grad()
+def _write(captured: Captured, backend: ZeroBackend, source: str) -> dict[str, dict[str, Any]]:
+    root, mine = captured.folder, list(captured.objects)
+    if captured.weights is not None:
+        _write_model(backend, captured.weights, root / "model", source)
+        captured.weights = None
+        mine += [path for path in (root / "model").rglob("*") if path.is_file()]
+    for path in list(captured.objects):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(captured.objects.pop(path), path)
+    if captured.about is not None:
+        (root / "state" / "meta.json").write_text(json.dumps(captured.about), encoding="utf-8")
+        mine.append(root / "state" / "meta.json")
+    described = {}
+    for path in mine:
+        path.chmod(0o644)  # safetensors are written for their owner alone; a shared run folder is for colleagues too
+        checkpoint.sync(path)
+        described[path.relative_to(root).as_posix()] = checkpoint.describe(path)
+    for folder in {path.parent for path in mine}:
+        checkpoint.sync(folder)
+    return described
+
+
+def _write_model(backend: ZeroBackend, state: dict[str, torch.Tensor], folder: Path, source: str) -> None:
+    """The policy as Hugging Face safetensors, with ``source``'s tokenizer. A LoRA policy is merged, and its adapter lies
+    beside it in peft's format."""
+    if backend.lora:
+        state, adapter = lora.taken_apart(state, backend.lora.scale)
+        lora.write(folder / lora.ADAPTER, adapter, backend.lora, backend.targets, source)
     folder.mkdir(parents=True, exist_ok=True)
+    model: Any = backend.policy.model
     model.save_pretrained(folder, state_dict=state)
     if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer
@@ -50,21 +119,16 @@ def _write_model(model: Any, state: dict[str, torch.Tensor], folder: Path, sourc
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
-def save_state(backend: ZeroBackend, folder: Path, rank_state: dict[str, Any]) -> None:
-    """DeepSpeed's state and, beside it, each rank's own (random states, schedule)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if backend.rank == 0:
-        meta = {
-            "ranks": backend.world_size,
-            "zero_stage": backend.stage,
-            "critic": backend.policy.value_head is not None,
-            "lora": _lora(backend),
-            "deepspeed": _deepspeed_version(),
-        }
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    torch.save(rank_state, folder / f"rank{backend.rank}.pt")
-    backend.save(folder)
-    _barrier(backend)
+def _why(error: Exception, folder: Path) -> str:
+    """The error in a line, and how much room there is: torch does not tell."""
+    if isinstance(error, OSError) and error.strerror:
+        why = f"{error.strerror}: {error.filename or folder}"
+    else:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    try:
+        return f"{why} ({shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free)"
+    except OSError:
+        return why
 
 
 def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
@@ -101,16 +165,20 @@ def load_state(backend: ZeroBackend, folder: Path) -> dict[str, Any]:
 
 
 def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
-    """Loads shards of ``ranks`` ranks into another number of them. The converter is DeepSpeed's own program."""
+    """Loads shards of ``ranks`` ranks into another number of them. The converter is DeepSpeed's own program, and it unpickles:
+    it is only given files that hold tensors and plain data."""
+    from actors.host_copies import check
+
     target = folder.parent.with_name(f".{folder.parent.name}-universal")
     failure = ""
     if backend.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(folder / "zero"), "--output_folder", str(target / "zero")]
-        command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        failure = done.stderr[-2000:] if done.returncode else ""
+        try:
+            for path in sorted((folder / "zero").glob("*.pt")):
+                check(path)
+            failure = _convert(folder / "zero", target / "zero")
+        except RunError as error:  # the others wait: raise only behind them
+            failure = str(error)
     if backend.agree_max([int(bool(failure))])[0]:
         raise RunError(
             f"the state in {folder} of {ranks} ranks could not be converted for {backend.world_size}: {failure}"
@@ -121,6 +189,15 @@ def _load_resharded(backend: ZeroBackend, folder: Path, ranks: int) -> None:
         _barrier(backend)
         if backend.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> str:
+    """Why it failed, "" where it did not."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr[-2000:] if done.returncode else ""
 
 
 def _lora(backend: ZeroBackend) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,18 @@ from hapo_async.evaluation import verdicts
 from hapo_async.sequences import TrainGroup
 from hapo_async.types import GatedGroup, Group, Source
 
+log = logging.getLogger(__name__)
+
 
 class RolloutWriter:
-    """Appends trained groups to rollouts/step-N.jsonl; ``share`` of them, chosen by a seeded draw."""
+    """Appends trained groups to rollouts/step-N.jsonl; ``share`` of them, chosen by a seeded draw. A disk that is full costs
+    the sample and not the run: that is said once."""
 
     def __init__(self, folder: Path, share: float, seed: int) -> None:
         self.folder = folder
         self.share = share
         self._rng = random.Random(seed)
+        self._failing = False
 
     def wants(self) -> bool:
         return self.share >= 1 or self._rng.random() < self.share
@@ -26,9 +32,19 @@ class RolloutWriter:
     def write(self, step: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"step-{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = self.folder / f"step-{step:06d}.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.error("%s cannot be written: %s; the run goes on without", path, error.strerror)
+            self._failing = True
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def discard(run_dir: Path, purge_step: int) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import yaml
 
+from hapo_async import checkpoint
 from hapo_async.config import Config, to_yaml
-from hapo_async.errors import ConfigError
+from hapo_async.errors import ConfigError, RunError
+from hapo_async.secrets import redact
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 LOCK_TRIES = 20  # another driver, whose run is refused, may remove the folder while this one enters it
 
 
@@ -32,6 +40,8 @@ class RunDir:
         self._config = config
         self._lock: IO[str] | None = None
         self._made = False
+        self._status_fails = False
+        self.seen_incarnation = 0  # of the checkpoint that the run goes on from
 
     def __enter__(self) -> RunDir:
         self._made = not self.path.exists()
@@ -47,7 +57,8 @@ class RunDir:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock:
-            self._lock.truncate(0)
+            with contextlib.suppress(OSError):
+                self._lock.truncate(0)
             if self._made and [p.name for p in self.path.iterdir()] == [LOCK]:  # a run that was refused
                 (self.path / LOCK).unlink()
                 with contextlib.suppress(OSError):  # somebody else begins there at this moment
@@ -70,7 +81,8 @@ class RunDir:
     def next_incarnation(self) -> int:
         """Counts the starts of this run, durably: a restart never reuses a version, whatever it resumes from."""
         path = self.path / "incarnation"
-        number = int(path.read_text()) + 1 if path.exists() else 1
+        last = int(path.read_text()) if path.exists() else 0
+        number = max(last, self.seen_incarnation) + 1
         _replace(path, str(number), sync=True)
         return number
 
@@ -86,8 +98,30 @@ class RunDir:
         return tree if isinstance(tree, dict) else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """What ``hapo-async status`` prints; replaced whole, so that a reader never sees half of it."""
-        _replace(self.path / "status.json", json.dumps({"time": time.time(), "pid": os.getpid(), **status}))
+        """What ``hapo-async status`` prints; replaced whole, so that a reader never sees half of it. A disk that is full costs
+        the reader news and not the run: that is said once."""
+        try:
+            text = json.dumps({"time": time.time(), "pid": os.getpid(), **status})
+            _replace(self.path / "status.json", redact(text))
+            self._status_fails = False
+        except OSError as error:
+            if not self._status_fails:
+                log.error("%s cannot be written: %s", self.path / "status.json", error.strerror)
+            self._status_fails = True
+
+
+@contextlib.contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """Inside, a disk that takes nothing is a RunError that says so, wherever nothing else can be done about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(
+            f"run.dir={str(path)!r} cannot be written: {error.strerror} ({error.filename}). Make room or make it writable, then "
+            "the same command continues."
+        ) from error
 
 
 def _replace(path: Path, text: str, sync: bool = False) -> None:
@@ -98,6 +132,8 @@ def _replace(path: Path, text: str, sync: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
     beside.replace(path)
+    if sync:
+        checkpoint.sync(path.parent)
 
 
 def _lock(path: Path) -> IO[str]:
@@ -131,9 +167,9 @@ def _own(lock: IO[str], path: Path) -> None:
         raise ConfigError(
             f"run.dir={str(path)!r} is in use by the driver with pid {holder}. Wait for it, or give another run.dir."
         ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    with contextlib.suppress(OSError):  # on a full disk nobody learns the pid; the lock holds all the same
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), str(os.getpid()).encode())
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
