@@ -45,7 +45,9 @@ _TOKEN_FILES = ("RAY_AUTH_TOKEN_PATH", "HF_TOKEN_PATH")
 _HOME_FILES = (".ray/auth_token", ".cache/huggingface/token")
 _MOST_FILE = 4096
 
-_URL = re.compile(r"(?P<head>\b[A-Za-z][A-Za-z0-9+.-]*:/{1,3}(?:[^\s/?#@:\"'<>]*:)?)(?P<secret>[^\s/?#\"'<>]+)(?P<at>@)")
+_URL = re.compile(
+    r"(?P<head>\b[A-Za-z][A-Za-z0-9+.-]*:/{1,3}(?:[^\s/?#@:\"'<>]*:)?)(?P<secret>[^\s/?#\"'<>]+)(?P<at>@)"
+)
 _QUERY = re.compile(
     r"(?P<head>[?&;](?:[\w-]*(?:token|secret|password|passwd|signature|credential)|api_?key|key|sig)=)[^&\s#\"'<>]{4,}",
     re.I,

@@ -59,7 +59,9 @@ SPOILT = {
 @pytest.mark.parametrize("field", SPOILT)
 def test_a_row_that_is_unsound_is_named_before_anything_is_computed(scene, field):
     learner, plan, minis, before = scene
-    index = next(i for i, s in enumerate(minis[1]) if (s.sources == Source.POLICY).all() and s.judged and len(s.tokens) > 2)
+    index = next(
+        i for i, s in enumerate(minis[1]) if (s.sources == Source.POLICY).all() and s.judged and len(s.tokens) > 2
+    )
     make, reason = SPOILT[field]
     report = learner.step(plan, spoil(minis, 1, index, **{field: make}))
     (blame,) = report.blamed

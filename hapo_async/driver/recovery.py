@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from actors import placement
 from actors.learner import LearnerGone, LearnerGroup
@@ -24,10 +25,13 @@ from hapo_async.driver.offline import Offline
 from hapo_async.driver.restarts import Budget
 from hapo_async.driver.training import Trainer
 from hapo_async.errors import RunError
+from hapo_async.ledger import Ledger
 from hapo_async.types import Version
 from hapo_async.words import plural
 
 log = logging.getLogger(__name__)
+
+EMPTY = Ledger().state_dict()
 
 Note = Callable[[str, str, str], None]
 """Takes kind, label and text of an event: see ``hapo_async.events``."""
@@ -76,33 +80,35 @@ class Recovery:
             await self._checkpoints.settle()
             await asyncio.sleep(wait_s)
             found = await asyncio.to_thread(self._checkpoints.newest)
-            if found is None:
+            if found is None and lost_at.step:
                 raise error
+            step = found.step if found else 0
             try:
-                await self._bring_up(found)
+                await self._bring_up(step, found)
             except LearnerGone as again:
                 last = again
                 continue
             self.restarts += 1
-            steps = plural(lost_at.step - found.step, "step")
-            text = f"the learner has been started again from step {found.step}, in {time.monotonic() - began:.0f} s"
+            steps = plural(lost_at.step - step, "step")
+            text = f"the learner has been started again from step {step}, in {time.monotonic() - began:.0f} s"
             self._note("replaced", "learner back", f"{text}: {steps} of version {lost_at} are made anew")
             return
         self._note("given_up", "learner given up", f"the learner is lost too often: {last}")
         raise RunError(f"the learner was lost too often within ten minutes; the last time: {last}") from last
 
-    async def _bring_up(self, found: checkpoint.Checkpoint) -> None:
+    async def _bring_up(self, step: int, found: checkpoint.Checkpoint | None) -> None:
+        """found: None where there is no checkpoint yet: nothing has been trained."""
         trainer, learner = self._trainer, self._trainer.learner
         if self._config.generator.placement == "colocated":
             await trainer.sampler.returns.recall(trainer.fleet)
             await trainer.fleet.sleep()
         await learner.restart(await self._place(learner))
-        version = Version(self._next_incarnation(), found.step)
-        await self._roll_back(version, found)
+        await self._roll_back(Version(self._next_incarnation(), step), found.driver if found else {})
         if self._config.generator.placement == "colocated":
             await learner.sleep()
-        async with trainer.turn():
-            await learner.load(found.path)
+        if found is not None:
+            async with trainer.turn():
+                await learner.load(found.path)
         await trainer.publish()
 
     async def _place(self, learner: LearnerGroup) -> placement.Slot | None:
@@ -115,14 +121,15 @@ class Recovery:
         ranks = self._config.learner.ranks
         return await asyncio.to_thread(placement.reserve, self._cluster, ranks, slot.cpus, "learner")
 
-    async def _roll_back(self, version: Version, found: checkpoint.Checkpoint) -> None:
+    async def _roll_back(self, version: Version, state: Mapping[str, Any]) -> None:
+        """state: the driver's part of the checkpoint."""
         trainer, sampler = self._trainer, self._trainer.sampler
         last = Version(version.incarnation - 1, version.step)
-        undone = await sampler.returns.roll_back(trainer.fleet, last, found.driver["ledger"], trainer.in_step)
+        undone = await sampler.returns.roll_back(trainer.fleet, last, state.get("ledger", EMPTY), trainer.in_step)
         log.warning("back to step %d: groups undone: %s", version.step, undone)
-        sampler.posteriors.restore(found.driver.get("gate", {}))
+        sampler.posteriors.restore(state.get("gate", {}))
         trainer.roll_back(version)
         if self._offline:
-            self._offline.early.restore(found.driver.get("offline", {}))
+            self._offline.early.restore(state.get("offline", {}))
         await self._measuring.forget(version.step)
         await self._journal.roll_back(version.step + 1)

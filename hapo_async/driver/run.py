@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -241,17 +241,10 @@ class _Run:
     # ---------------------------------------------------------------- running
 
     async def _train(self) -> None:
-        await self.trainer.publish()
-        await self.trainer.everywhere()
-        if not self.resumed:
-            await self._checkpoint()
-        if self.offline and not await self._prepare_answers(self.offline):
+        if not await self._surviving(self._begin):
             return
-        await self.checkpoints.first()  # from here on the same command continues, however the run ends
-        if self.version.step == 0:
-            await self.measuring.before()
         feeding = asyncio.create_task(self.sampler.feed(self.fleet, self.judges))
-        training = asyncio.create_task(self._to_the_end())
+        training = asyncio.create_task(self._surviving(self._to_the_end))
         scaling = asyncio.create_task(self._scaler().run())
         try:
             done, _ = await asyncio.wait({feeding, training}, return_when=asyncio.FIRST_COMPLETED)
@@ -260,14 +253,31 @@ class _Run:
         finally:
             await tasks.end(scaling, feeding, training)
 
+    async def _begin(self) -> bool:
+        """Everybody has the weights, there is a checkpoint and a first evaluation. False when a signal came first."""
+        if self.fleet.weights.newest != self.trainer.version:
+            await self.trainer.publish()
+        await self.trainer.everywhere()
+        if self.checkpoints.path is None:
+            await self._checkpoint()
+        if self.offline and not await self._prepare_answers(self.offline):
+            return False
+        await self.checkpoints.first()  # from here on the same command continues, however the run ends
+        if self.trainer.version.step == 0:
+            await self.measuring.before()
+        return True
+
     async def _to_the_end(self) -> None:
-        """All steps and the final checkpoint; a learner that is lost on the way starts again."""
+        """All steps and the final checkpoint."""
+        await self.trainer.run(self._committed)
+        self.sampler.hold = True  # what is issued from now on nobody will train on
+        await self._finish()
+
+    async def _surviving(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What the work brings. When the learner is lost meanwhile, it starts again, and so does the work."""
         while True:
             try:
-                await self.trainer.run(self._committed)
-                self.sampler.hold = True  # what is issued from now on nobody will train on
-                await self._finish()
-                return
+                return await work()
             except LearnerGone as error:
                 if self.trainer.stopping:
                     raise

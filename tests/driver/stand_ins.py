@@ -99,9 +99,7 @@ class StandInGenerator:
     def _header(self, request: GroupRequest, version: Version, reason: str = "stop") -> GroupHeader:
         n = request.sampling.n
         steps = (version.step,) * n
-        return GroupHeader(
-            request.key, (4,) * n, (reason,) * n, steps, version, version, 3, self.name, 0.1, (version,)
-        )
+        return GroupHeader(request.key, (4,) * n, (reason,) * n, steps, version, version, 3, self.name, 0.1, (version,))
 
     def _finish(self, key: GroupKey, header: GroupHeader) -> None:
         if key in self._slots and not self._slots[key].done():

@@ -242,7 +242,7 @@ def test_steps_that_are_never_finite_stop_the_run():
         )
         await loop.run()
 
-    with pytest.raises(RunError, match="5 steps in a row could not be made.*not finite"):
+    with pytest.raises(RunError, match=r"5 steps in a row could not be made.*not finite"):
         asyncio.run(scenario())
 
 

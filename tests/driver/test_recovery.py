@@ -225,6 +225,24 @@ def test_one_that_dies_again_and_again_ends_the_run_with_its_last_words(clock):
         played(clock, lambda: loop(Mortal({"step": [2, 3, 4, 5, 6]}), every=1, steps=20))
 
 
+def test_one_that_dies_before_there_is_a_checkpoint_starts_as_the_run_did(clock):
+    async def scenario():
+        loop = Recovering(Mortal({"publish": [0]}))
+        loop.saved.clear()
+        loop.recovery._checkpoints.newest = lambda: None
+        with pytest.raises(LearnerGone) as lost:
+            await loop.trainer.publish()
+        await loop.recovery.recover(lost.value)
+        await loop.fleet.wait_installed(Version(2, 0), 5.0)
+        assert loop.trainer.version == (2, 0) and loop.learner.loaded == [] and not loop.learner.is_dead
+        loop.trainer.version = Version(2, 7)
+        with pytest.raises(LearnerGone):
+            await loop.recovery.recover(lost.value)
+        await loop.fleet.weights.close()
+
+    clock.run(scenario())
+
+
 def test_a_restart_that_fails_is_tried_again(clock):
     def make() -> Recovering:
         learner = Mortal({"step": [7]})
@@ -255,7 +273,9 @@ def test_any_deaths_at_any_time_lose_nothing_and_train_nothing_twice(clock, seed
 
     def make() -> Recovering:
         # A learner that survives its load and a failing install or two.
-        learner = Mortal({**deaths, "load": [0] if deaths["load"] and rng.random() < 0.5 else []}, rng.choice([0.0, 0.1]))
+        learner = Mortal(
+            {**deaths, "load": [0] if deaths["load"] and rng.random() < 0.5 else []}, rng.choice([0.0, 0.1])
+        )
         learner.blames = {rng.randrange(1, 40): rng.choice([LOST, "a log-prob is not finite"]) for _ in range(3)}
         return Recovering(
             learner,
