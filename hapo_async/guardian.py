@@ -6,10 +6,11 @@
     Ray, actors, engines, workers     SIGKILL (to stopped ones too), where no ``bye`` came before the end
 
 Its prey on this node: processes that the driver named with their start times; those whose environment holds the driver's
-marker ``HAPO_RUN``, whoever their parent is by now; and the descendants of both at that moment. Ray passes the marker on,
-from the Ray that the driver starts to all that it starts, or to the actors of a job on a cluster that was there before. So
-other runs and another one's Ray are never touched. Two exceptions: whoever joins the Ray of another driver goes down with
-it, and a process that only tidies up (multiprocessing's resource tracker) has ``TIDY_S`` to do so by itself.
+marker ``HAPO_RUN``, whoever their parent is by now; and the descendants of both, at that moment or when it looked before.
+Ray passes the marker on, from the Ray that the driver starts to all that it starts, or to the actors of a job on a cluster
+that was there before. So other runs and another one's Ray are never touched. Two exceptions: whoever joins the Ray of another
+driver goes down with it, and a process that only tidies up (multiprocessing's resource tracker) has ``TIDY_S`` to do so by
+itself.
 
 Only the standard library is imported here: ``python -I -S hapo_async/guardian.py`` is up in a few hundredths of a second.
 It needs Linux (``/proc``); elsewhere nothing is started, and Ray's own supervision has to do.
@@ -28,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 MARKER = "HAPO_RUN"
@@ -39,7 +40,11 @@ ROUND_S = 0.05
 TIDY_S = 2.0
 TIDIES = b"from multiprocessing.resource_tracker import main"
 BYE = b"bye\n"
-_LOOK_S = 0.5  # how often a driver is looked at where the kernel does not tell of its end
+CENSUS_S = 0.5
+"""How often it looks who belongs to the run while the driver lives. Ray's processes write their titles over their environments,
+and the one that started them may die together with the driver: afterwards neither would tell."""
+SHARE = 50
+"""A node may have very many processes: a look is followed by so many times as long without one."""
 _GONE_S = 5.0
 
 
@@ -225,24 +230,32 @@ def main(driver: int, started: int, mark: str, folder: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     told: dict[int, int] = {}
-    if _listen(0, driver, started, told):
+    spared = (os.getpid(), driver, 1)
+    if _listen(0, driver, started, told, lambda: _remember(mark, told, spared)):
         return
     began = time.monotonic()
-    ended, left = clean(mark, told, (os.getpid(), driver, 1))
+    ended, left = clean(mark, told, spared)
     if folder and (ended or left):
         _leave_word(folder, driver, ended, left, time.monotonic() - began)
 
 
-def _listen(pipe: int, driver: int, started: int, told: dict[int, int]) -> bool:
-    """Whether the driver has said goodbye. told: gets start times by pid, as they come."""
+def _remember(mark: str, told: dict[int, int], spared: Iterable[int]) -> None:
+    """Whoever belongs to the run now, and nobody who has ended."""
+    there = {p.pid: p.started for p in prey(mark, told, spared)}
+    told.clear()
+    told.update(there)
+
+
+def _listen(pipe: int, driver: int, started: int, told: dict[int, int], census: Callable[[], None]) -> bool:
+    """Whether the driver has said goodbye. told: gets start times by pid, as they come. census: called now and then."""
     poller = select.poll()
     poller.register(pipe, select.POLLIN)
     death = _death(driver)
     if death is not None:
         poller.register(death, select.POLLIN)
-    heard = b""
+    heard, due = b"", 0.0
     while True:
-        ready = {handle for handle, _ in poller.poll(None if death is not None else 1000 * _LOOK_S)}
+        ready = {handle for handle, _ in poller.poll(1000 * CENSUS_S)}
         there = look(driver)
         is_dead = death in ready or there is None or there.started != started or there.state in "ZX"
         if pipe in ready:
@@ -254,6 +267,10 @@ def _listen(pipe: int, driver: int, started: int, told: dict[int, int]) -> bool:
                 return False
         elif is_dead:  # whoever holds the pipe still is not the driver
             return False
+        if not is_dead and (began := time.monotonic()) >= due:
+            census()
+            ended = time.monotonic()
+            due = ended + max(CENSUS_S / 2, SHARE * (ended - began))
 
 
 def _death(pid: int) -> int | None:

@@ -134,6 +134,17 @@ def test_nothing_of_a_killed_driver_is_left_whatever_state_it_is_in(start, tmp_p
     assert str(driver.process.pid) in told["text"] and f"ended {len(OF_THE_RUN)} processes" in told["text"]
 
 
+def test_who_was_of_the_run_is_so_still_when_nothing_shows_it_any_more(start):
+    """Ray's workers write their titles over their environments, and its raylet dies together with the driver."""
+    driver = start()
+    time.sleep(2 * guardian.CENSUS_S + 0.5)
+    driver.process.send_signal(signal.SIGSTOP)
+    os.kill(driver.pids["grandchild"], signal.SIGSTOP)
+    os.kill(driver.pids["bare"], signal.SIGKILL)  # the only one that the grandchild can be known by
+    driver.process.kill()
+    driver.gone_within(WITHIN_S, *OF_THE_RUN, "guardian")
+
+
 def test_a_crash_is_an_end_as_well(start):
     driver = start()
     driver.say("crash")

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # of a mount namespace
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that no run outlives this command
     args.runs.mkdir(parents=True, exist_ok=True)
     journal = args.runs / f"journal-{'short-' if args.short else ''}{args.seed}.jsonl"
     cases = chaos_plan.short(args.seed) if args.short else chaos_plan.schedule(args.seed)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Nodes:
         psutil.wait_procs(gone, timeout=5)
         for started in self._started:
             started.wait(5)
+        shutil.rmtree(self._temp, ignore_errors=True)
 
     def keep(self) -> None:
         """Another second node, where the last one has died."""
