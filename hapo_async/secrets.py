@@ -69,7 +69,7 @@ _SHAPES = re.compile(
 def is_secret_name(name: str) -> bool:
     """Whether a variable or key of this name holds a secret: one of its words says so."""
     words = [w for w in re.split(r"[^a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()) if w]
-    return bool(_NAMES & set(words)) and words[-1] not in _ABOUT
+    return bool(_NAMES & set(words)) and words[-1] not in _ABOUT and words != ["pwd"]  # the shell's working folder
 
 
 class Redactor:

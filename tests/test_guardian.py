@@ -221,14 +221,15 @@ def test_a_reused_pid_is_somebody_elses():
 
 def test_who_tidies_up_has_a_moment():
     code = "import multiprocessing.resource_tracker as t, time; t.ensure_running(); print(t._resource_tracker._pid, flush=True)"
-    with guardian.marked():
-        child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(300)"], stdout=subprocess.PIPE, text=True)
+    mark = f"tidies-{os.getpid()}"  # not this process's own, which other tests' Ray carries
+    command = [sys.executable, "-c", f"{code}; time.sleep(300)"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, MARKER: mark})
     try:
         assert child.stdout is not None
         tracker = guardian.look(int(child.stdout.readline()))
         assert tracker is not None
         began = time.monotonic()
-        assert guardian.clean(guardian.marker(), {}, ()) == (1, [])  # the tracker ended by itself
+        assert guardian.clean(mark, {}, ()) == (1, [])  # the tracker ended by itself
         assert time.monotonic() - began < guardian.TIDY_S
         assert tracker.pid not in guardian.everyone()
     finally:

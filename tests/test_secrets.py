@@ -40,7 +40,17 @@ def test_names_of_secrets_are_known(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["TOKENIZERS_PARALLELISM", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "KEYBOARD", "tokenizer", "PATH", "monkey", ""],
+    [
+        "PWD",
+        "TOKENIZERS_PARALLELISM",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN_PATH",
+        "KEYBOARD",
+        "tokenizer",
+        "PATH",
+        "monkey",
+        "",
+    ],
 )
 def test_other_names_are_not(name):
     assert not is_secret_name(name)
