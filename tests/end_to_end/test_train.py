@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hapo_async import metrics, toy
+from hapo_async.types import Version
 from tests.end_to_end.helpers import hapo, hapo_here, json_lines, rollouts, succeeded
 
 SMALL = [
@@ -187,7 +188,11 @@ def test_a_finished_run_can_be_taken_further(plain, tmp_path):
     assert [r["step"] for r in rows] == list(range(9))
     assert rows[-1]["ledger/trained"] == 64
     spans = [s for r in rollouts(run_dir) if r["step"] > 6 for a in r["answers"] for s in a.get("spans", [])]
-    assert spans and {s[0].split(".")[0] for s in spans} == {"2"}, "a restart must count as a new incarnation"
+    versions = {Version.parse(s[0]) for s in spans}
+    told = json.loads((run_dir / "status.json").read_text())
+    assert told["version"] == "2.8", "a restart must count as a new incarnation"
+    waited = [v for v in versions if v.incarnation == 1]
+    assert versions and all(5 <= v.step <= 6 for v in waited), "of the one before, what waited in the checkpoint"
 
 
 def test_the_trained_model_evaluates_without_further_settings(plain, capsys):
