@@ -23,6 +23,7 @@ from actors import weights
 from actors.zero import ZeroBackend
 from hapo_async import checkpoint, lora
 from hapo_async.errors import RunError
+from hapo_async.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,10 @@ def _write(captured: Captured, backend: ZeroBackend, source: str) -> dict[str, d
     described = {}
     for path in mine:
         path.chmod(0o644)  # safetensors are written for their owner alone; a shared run folder is for colleagues too
-        checkpoint.sync(path)
+        sync(path)
         described[path.relative_to(root).as_posix()] = checkpoint.describe(path)
     for folder in {path.parent for path in mine}:
-        checkpoint.sync(folder)
+        sync(folder)
     return described
 
 

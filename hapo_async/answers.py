@@ -15,7 +15,6 @@ Rows are read where they are needed: what stays in memory is an index of lengths
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ import xxhash
 
 from hapo_async import checkpoint
 from hapo_async.errors import ConfigError, DataError
+from hapo_async.files import replace_whole
 from hapo_async.recipe import Recipe
 from hapo_async.types import (
     SUCCESS,
@@ -212,7 +212,7 @@ class AnswerCache:
         assert self._file is not None, "begin() first"
         os.fsync(self._file.fileno())
         names = (ABOUT, ANSWERS)
-        manifest = {"files": {name: _describe(self.folder / name) for name in names}}
+        manifest = {"files": {name: checkpoint.describe(self.folder / name) for name in names}}
         _replace(self.folder / checkpoint.MANIFEST, json.dumps(manifest, indent=1).encode())
         self.complete = True
         self.close()
@@ -334,17 +334,6 @@ _RESCORE = "Remove the file, and a new run scores the answers again."
 # Files
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _replace(path: Path, content: bytes) -> None:
-    """Replaced whole and synced with its folder."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    checkpoint.sync(path.parent)
+    """Several drivers may share the folder."""
+    replace_whole(path, content, apart=f".{os.getpid()}")

@@ -76,13 +76,3 @@ class Appender:
         if self._failing:
             self._failing = False
             log.error("%s is written again; lines lost: %d", self.path, self._lost)
-
-
-def replace_whole(path: Path, text: str) -> None:
-    """Replaces a file, or leaves it as it is and raises OSError."""
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -16,7 +16,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hapo_async.errors import RunError
+from hapo_async.files import sync
 
 log = logging.getLogger(__name__)
 MANIFEST, DRIVER = "MANIFEST.json", "driver.json"
@@ -242,15 +242,3 @@ def describe(path: Path) -> dict[str, Any]:
     """Size [bytes] and sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder. Folders of file systems that cannot do it are passed over."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Reading and writing files of which somebody else may have decided what they are and what is in them."""
+"""Reading files of which somebody else may have decided what they are and what is in them, and writing them whole."""
 
 from __future__ import annotations
 
@@ -47,3 +47,29 @@ def json_line(row: Any, default: Callable[[Any], Any] | None = None) -> str:
     except UnicodeEncodeError:  # halves of characters, which JSON can spell and UTF-8 cannot
         line = json.dumps(row, default=default)
     return line + "\n"
+
+
+def replace_whole(path: Path, content: str | bytes, durable: bool = True, apart: str = "") -> None:
+    """Replaces a file, or leaves it as it is and raises OSError. durable: on disk for good when this returns. apart: tells the
+    new file from those of others who may replace the same one."""
+    beside = path.with_name(f".{path.name}{apart}.writing")
+    with beside.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    beside.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder. Folders of file systems that cannot do it are passed over."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hapo_async.append import Appender, replace_whole
+from hapo_async.append import Appender
 from hapo_async.board import Board
 from hapo_async.bottleneck import bottleneck
+from hapo_async.files import replace_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import yaml
 
-from hapo_async import checkpoint
 from hapo_async.config import Config, to_yaml
 from hapo_async.errors import ConfigError, RunError
+from hapo_async.files import replace_whole
 from hapo_async.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -83,11 +83,11 @@ class RunDir:
         path = self.path / "incarnation"
         last = int(path.read_text()) if path.exists() else 0
         number = max(last, self.seen_incarnation) + 1
-        _replace(path, str(number), sync=True)
+        replace_whole(path, str(number))
         return number
 
     def write_config(self) -> None:
-        _replace(self.path / "config.yaml", to_yaml(self._config))
+        replace_whole(self.path / "config.yaml", to_yaml(self._config), durable=False)
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run that the folder holds, as plain data; empty where there is none to read."""
@@ -102,7 +102,7 @@ class RunDir:
         the reader news and not the run: that is said once."""
         try:
             text = json.dumps({"time": time.time(), "pid": os.getpid(), **status})
-            _replace(self.path / "status.json", redact(text))
+            replace_whole(self.path / "status.json", redact(text), durable=False)
             self._status_fails = False
         except OSError as error:
             if not self._status_fails:
@@ -122,18 +122,6 @@ def in_words(path: Path) -> Iterator[None]:
             f"run.dir={str(path)!r} cannot be written: {error.strerror} ({error.filename}). Make room or make it writable, then "
             "the same command continues."
         ) from error
-
-
-def _replace(path: Path, text: str, sync: bool = False) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    beside.replace(path)
-    if sync:
-        checkpoint.sync(path.parent)
 
 
 def _lock(path: Path) -> IO[str]:

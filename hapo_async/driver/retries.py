@@ -57,14 +57,9 @@ class Retries:
         self._ledger.drop(key, "unjudgeable")
         self.quarantine.add(key, step, f"unjudgeable: {why}", 1, lengths)
 
-    def recalled(self, key: GroupKey) -> None:
-        """A group that is not wanted now. Nobody is to blame."""
-        self._ledger.retry(key, "recalled")
-        self._queue.append((key.epoch, key.uid))
-
-    def lost(self, key: GroupKey) -> None:
-        """A complete group died with the node that held it."""
-        self._ledger.retry(key, "lost")
+    def recalled(self, key: GroupKey, reason: str = "recalled") -> None:
+        """A group that is not wanted now, or that died with who held it. Nobody is to blame."""
+        self._ledger.retry(key, reason)
         self._queue.append((key.epoch, key.uid))
 
     def look_again(self) -> None:

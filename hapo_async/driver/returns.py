@@ -62,7 +62,7 @@ class Returns:
             if not flight or not self._ledger.is_current(key):
                 continue
             if key in doubted:
-                self._retries.lost(key)
+                self._retries.recalled(key, "lost")
                 late.append((key, 0, flight.lengths))
             else:
                 late.append((key, self._retries.late(key, "late"), flight.lengths))
@@ -122,7 +122,7 @@ class Returns:
             elif blame is None:
                 self._ledger.drop(group.key, "skipped_step")
             elif blame.is_lost:
-                self._retries.lost(group.key)
+                self._retries.recalled(group.key, "lost")
             else:
                 self._ledger.drop(group.key, "poisoned")
                 self.note_poisoned(blame, step, group.header.lengths)
