@@ -105,11 +105,15 @@ class Guard:
 
     def _ask(self, number: int, end: bool) -> int | None:
         """Bytes received on a connection, None where the descriptor is none of this socket's any more. end: it is shut down."""
+        copy = -1
         try:
             copy = os.dup(number)  # libzmq's thread may close it at any moment: what is looked at and ended is this one
-        except OSError:
+            connection = socket.socket(fileno=copy)
+        except OSError:  # closed, or somebody else's by now: a file, a pipe
+            if copy >= 0:
+                os.close(copy)
             return None
-        with socket.socket(fileno=copy) as connection:
+        with connection:
             try:
                 if connection.getsockname()[1] != self.port or not connection.getpeername():
                     return None

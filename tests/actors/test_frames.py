@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 
 import psutil
 import pytest
@@ -166,3 +168,24 @@ def test_keys_are_in_no_offer_and_no_log(sender, crew, caplog):
     said = repr(offer) + repr(sender) + repr(receivers[0]) + caplog.text + repr(vars(offer))
     for secret in (sender._server._secret_key, receivers[0]._keys[1]):
         assert secret.decode() not in said
+
+
+def test_a_descriptor_that_is_somebody_elses_by_now_is_left_alone(context):
+    """A connection ended, its number was given out again, and the guard looks before it has heard of either."""
+    bound = context.socket(zmq.ROUTER)
+    guard = zmq_guard.Guard(bound)
+    guard.port = bound.bind_to_random_port(f"tcp://{HOST}")
+    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    before = psutil.Process().num_fds()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        for number in (reader, ours.fileno(), 1 << 20):
+            guard._peers[number] = zmq_guard._Peer(0.0)
+        guard.look()
+        assert guard.connections == 0 and psutil.Process().num_fds() == before
+        assert os.write(writer, b"x") == 1 and os.read(reader, 1) == b"x"
+        assert ours.send(b"y") == 1 and theirs.recv(1) == b"y"
+    guard.close()
+    bound.close(linger=0)
+    os.close(reader)
+    os.close(writer)
