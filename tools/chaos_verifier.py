@@ -17,8 +17,10 @@ from hapo_async.types import Verdict
 from hapo_async.verify import boxed
 
 NAME = "tools.chaos_verifier:verify"
-PIECE, MOST = 64 << 20, 12 << 30
-"""Bytes that a memory bomb takes at once, and where it gives up: a worker's limit is far below."""
+WORKER_MEMORY_BYTES = 512 << 20
+"""A worker's limit beyond its import: four bombs at once must fit into a small machine."""
+PIECE, MOST = 64 << 20, 4 << 30
+"""Bytes that a memory bomb takes at once, and where it gives up: a limit that fails is seen as a judgement too late."""
 
 
 def verify(prompt: str, response: str, truth: object) -> float:

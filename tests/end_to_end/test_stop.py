@@ -27,11 +27,14 @@ def test_sigterm_ends_at_a_step_boundary_and_the_same_command_continues(tmp_path
     )
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() or len(json_lines(metrics)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, "the run did not get going"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=90)
+    try:
+        while not metrics.exists() or len(json_lines(metrics)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, "the run did not get going"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert "the same command continues" in errors and "Traceback" not in errors
     stopped = json_lines(metrics)[-1]["step"]
