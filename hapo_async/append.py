@@ -56,8 +56,10 @@ class Appender:
         with self._lock:
             if self.closed:
                 return
-            self.closed = True
             self._write()
+            self.closed = True
+            if self._waiting:
+                log.error("%s ends without its last lines: %d", self.path, self._waiting.count(b"\n") + self._lost)
             try:
                 os.fsync(self._file)
             except OSError as error:
@@ -65,6 +67,8 @@ class Appender:
             os.close(self._file)
 
     def _write(self) -> None:
+        if self.closed:  # the descriptor is somebody else's by now
+            return
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]

@@ -19,13 +19,13 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hapo_async.errors import RunError
 from hapo_async.files import sync
+from hapo_async.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 MANIFEST, DRIVER = "MANIFEST.json", "driver.json"
@@ -210,8 +210,18 @@ def verify(path: Path) -> str | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"no readable {MANIFEST}: {error}"
-    with ThreadPoolExecutor(READERS) as readers:
-        problems = list(readers.map(lambda item: _differs(path, *item), files.items()))
+    return _any_differs(path, files)
+
+
+def is_copied(path: Path, part: str, copy: Path) -> bool:
+    """Whether ``copy`` holds every file that a sealed checkpoint has below ``part``."""
+    files = json.loads((path / MANIFEST).read_bytes())["files"]
+    wanted = {name.removeprefix(f"{part}/"): told for name, told in files.items() if name.startswith(f"{part}/")}
+    return bool(wanted) and _any_differs(copy, wanted) is None
+
+
+def _any_differs(folder: Path, files: Described) -> str | None:
+    problems = list(DaemonThreads(READERS).map(lambda item: _differs(folder, *item), files.items()))
     return next((problem for problem in problems if problem), None)
 
 

@@ -256,4 +256,10 @@ def test_lines_that_the_disk_does_not_take_wait_in_memory(tmp_path, caplog):
     assert len(caplog.records) == 1 and "No space left" in caplog.text
     with pytest.raises(OSError, match="cannot be written"):
         rows.sync()
+    caplog.clear()
     rows.close()
+    assert "without its last lines: 3" in caplog.text
+    with (tmp_path / "other").open("wb", buffering=0) as other:  # has the descriptor that was closed
+        rows.add("row 3")
+        rows.sync()
+        assert other.tell() == 0 and (tmp_path / "other").stat().st_size == 0

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import ray
 
-from actors.learner import LearnerGroup, WriteFailed
+from actors.learner import LearnerGone, LearnerGroup, WriteFailed
 from hapo_async import checkpoint, driver_state, group_files
 from hapo_async.buffer import Ready
 from hapo_async.config import Config
@@ -83,7 +83,7 @@ class Checkpoints:
         self._idle = threading.Event()  # no thread seals, nor hangs in what it began
         self._idle.set()
         self._sealing = False
-        self._in_a_row, self._last = 0, ""
+        self._in_a_row, self._last, self._lost = 0, "", False
         self._failed, self._seconds = 0, list[float]()  # since ``take``
         self._error: RunError | None = None
 
@@ -120,11 +120,11 @@ class Checkpoints:
             self._writing = None
 
     async def first(self) -> None:
-        """Returns when there is a checkpoint to continue from. Raises RunError when there is none: nothing has been trained, and
-        nothing that is trained now could be kept."""
+        """Returns when there is a checkpoint to continue from. Raises RunError when there is none (nothing has been trained, and
+        nothing that is trained now could be kept), LearnerGone where a rank died that was writing it."""
         await self.written()
         if self.path is None:
-            raise RunError(f"the first checkpoint could not be written: {self._last}. {self._fix}")
+            raise self._not_written("first")
 
     async def final(self, version: Version, more: dict[str, Any], hurried: bool) -> Path:
         """The last one: returns its folder when it is sealed. One that fails is tried again, unless ``hurried`` (a grace period
@@ -140,8 +140,12 @@ class Checkpoints:
                 if self._sealed == version and self.path is not None:
                     return self.path
                 if hurried:
-                    raise RunError(f"the last checkpoint could not be written: {self._last}. {self._fix}")
+                    raise self._not_written("last")
                 await asyncio.sleep(RETRY_S)
+
+    def _not_written(self, which: str) -> RunError:
+        text = f"the {which} checkpoint could not be written: {self._last}"
+        return LearnerGone(text) if self._lost else RunError(f"{text}. {self._fix}")
 
     def check(self) -> None:
         """Raises RunError where too many have failed in a row."""
@@ -217,7 +221,7 @@ class Checkpoints:
             if isinstance(error, WriteFailed) and not error.lost:
                 self._fail(version.step, str(error))
             else:
-                self._last = str(error)
+                self._last, self._lost = str(error), isinstance(error, WriteFailed)
                 log.warning("the checkpoint of step %d is given up: %s", version.step, error)
         except Exception as error:
             if not isinstance(error, OSError):
@@ -280,7 +284,7 @@ class Checkpoints:
     def _fail(self, step: int, why: str) -> None:
         self._failed += 1
         self._in_a_row += 1
-        self._last = why
+        self._last, self._lost = why, False
         kept = f"the newest one is {self.path.name}" if self.path is not None else "there is none yet"
         text = (
             f"the checkpoint of step {step} could not be written to {self._root}: {why}. Training goes on; {kept}. "

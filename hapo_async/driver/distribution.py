@@ -18,6 +18,7 @@ from actors.calls import CallFailed
 from actors.transports import Member, Offer
 from hapo_async.config import Config
 from hapo_async.driver.generators import Generator
+from hapo_async.errors import RunError
 from hapo_async.types import Version
 
 log = logging.getLogger(__name__)
@@ -136,21 +137,26 @@ class Distribution:
             self.start(generator)
 
     async def join(self, generator: Generator) -> None:
-        """Takes a generator in that has started since the newest version left: it installs that one first. Raises RunError."""
+        """Takes a generator in that has started since the newest version left: it installs that one first."""
         for offer in self._offers:  # in lockstep, with a dead one of its name
             self._miss(generator, offer)
-        await self._invite(generator)
         self.start(generator)
 
     def invited(self, members: Sequence[Member]) -> None:
         """The learner has announced a version to these, and to nobody else."""
         self._invited = set(members)
 
-    async def _invite(self, generator: Generator) -> None:
+    async def _invite(self, generator: Generator) -> bool:
+        """False where the learner is lost: what it publishes when it is back is for everybody who is there."""
         member = Member(generator.name, generator.key)
         if member not in self._invited:  # it was lent, or was not there
-            await self.admit([member])
+            try:
+                await self.admit([member])
+            except RunError as error:  # whoever trains meets it too, and starts the learner again
+                log.warning("%s gets no weights for now: %s", generator.name, error)
+                return False
             self._invited.add(member)
+        return True
 
     def start(self, generator: Generator) -> None:
         """The generator installs the newest version, if it has not."""
@@ -175,7 +181,8 @@ class Distribution:
             if offer is None:
                 self._moved()  # somebody has to publish a snapshot
                 return
-            await self._invite(generator)
+            if not await self._invite(generator):
+                return
             await self.install_once(generator, offer)
             if generator.installed != offer.version:
                 await asyncio.sleep(RETRY_S)

@@ -229,8 +229,7 @@ class Fleet:
         return str(told["member_key"])
 
     async def join(self, generator: Generator) -> None:
-        """Takes a generator in, in the place of a dead one of its name if there is one. It serves after its first install.
-        Raises RunError when it cannot be told how to get weights."""
+        """Takes a generator in, in the place of a dead one of its name if there is one. It serves after its first install."""
         if self.weights.newest is not None:  # else it is like those that a run starts with
             generator.joining = True
             await self.weights.join(generator)

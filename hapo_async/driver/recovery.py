@@ -79,7 +79,9 @@ class Recovery:
             self._note("lost", "learner lost", f"the learner is lost: {last}; it is started again in {wait_s:g} s")
             await self._checkpoints.settle()
             await asyncio.sleep(wait_s)
-            found = await asyncio.to_thread(self._checkpoints.newest)
+            if self._trainer.stopping:
+                raise last
+            found = await self._newest()
             if found is None and lost_at.step:
                 raise error
             step = found.step if found else 0
@@ -95,6 +97,16 @@ class Recovery:
             return
         self._note("given_up", "learner given up", f"the learner is lost too often: {last}")
         raise RunError(f"the learner was lost too often within ten minutes; the last time: {last}") from last
+
+    async def _newest(self) -> checkpoint.Checkpoint | None:
+        deadline_s = self._config.learner.deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await asyncio.to_thread(self._checkpoints.newest)
+        except TimeoutError:
+            raise RunError(
+                f"the newest checkpoint could not be read within {deadline_s:.0f} s (learner.deadline_s)"
+            ) from None
 
     async def _bring_up(self, step: int, found: checkpoint.Checkpoint | None) -> None:
         """found: None where there is no checkpoint yet: nothing has been trained."""

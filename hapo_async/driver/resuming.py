@@ -97,7 +97,7 @@ def waiting_groups(config: Config, resumed: checkpoint.Checkpoint | None, prompt
 
 
 def already_done(folder: RunDir, found: checkpoint.Checkpoint) -> Outcome:
-    if not folder.model.is_dir():
+    if not checkpoint.is_copied(found.path, "model", folder.model):  # an earlier stop leaves one too
         copy_model(found.path / "model", folder.model)
     rows = metrics.read(folder.path)
     evals = [{k: v for k, v in r.items() if k.startswith("eval/")} for r in rows]

@@ -52,6 +52,7 @@ from hapo_async.live import LiveView
 from hapo_async.quarantine import QUARANTINE_FILE, Quarantine
 from hapo_async.report import page as report
 from hapo_async.rundir import RunDir, in_words
+from hapo_async.threads import DaemonThreads
 from hapo_async.types import Version
 
 __all__ = ["Outcome", "outcome_rows", "train"]
@@ -115,6 +116,7 @@ class _Run:
         self.began = time.monotonic()
 
     async def go(self) -> Outcome:
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
         self._build_flow()
         async with contextlib.AsyncExitStack() as stack:
             await self._start_actors(stack)
@@ -296,6 +298,8 @@ class _Run:
     async def _prepare_answers(self, offline: Offline) -> bool:
         """The cached answers, sampled, judged and scored where that has not been done; False when a signal came first.
         A run that has trained finds them complete: its weights are no longer those that they belong to."""
+        if self.trainer.stopping:
+            return False
 
         async def prepare() -> None:
             await offline.generate(self.fleet, self.judges, self._say)
@@ -340,8 +344,16 @@ class _Run:
             )
         await self.measuring.at_the_end(ended_early)
         path = await self._last_checkpoint()
+        deadline_s = self.config.learner.deadline_s
         with self.watchdog.during("copies the model"):
-            await asyncio.to_thread(copy_model, path / "model", self.folder.model)
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await asyncio.to_thread(copy_model, path / "model", self.folder.model)
+            except TimeoutError:
+                raise RunError(
+                    f"{path / 'model'} was not copied to {self.folder.model} within {deadline_s:.0f} s (learner.deadline_s); the "
+                    "same command copies it"
+                ) from None
 
     async def _write_rest(self) -> None:
         """What a run that fails still has to write down: rollouts, and evaluations that ended beside it or are given up."""

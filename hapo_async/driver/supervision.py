@@ -69,6 +69,8 @@ class Supervision:
         silent_s = now - incident.since
         if not limit or silent_s < limit * self._silence_s or incident in self._given_up:
             return
+        if is_rank and self.restarting():
+            return
         self._given_up.add(incident)
         how = "gave no sign of life" if incident.state == "frozen" else "answered without getting on"
         error = CallFailed(incident.who, f"{how} for {silent_s:.0f} s", gone=True)
@@ -76,7 +78,7 @@ class Supervision:
             self._fleet.lose(generator, error)
         elif incident.who in self._judges.names:
             self._judges.lose(incident.who, error)
-        elif not self.restarting():
+        else:
             self._learner.give_up(str(error))
 
     def _generator(self, name: str) -> Generator | None:

@@ -100,7 +100,7 @@ class Trainer:
 
     def roll_back(self, version: Version) -> None:
         """The learner was loaded from a checkpoint: it goes on from there as ``version``."""
-        self.version, self.in_step, self._bad_steps = version, [], 0
+        self.version, self.in_step, self._bad_steps, self.enough = version, [], 0, False
         self.sampler.step, self.sampler.incarnation, self.sampler.hold = version.step, version.incarnation, False
         self.sampler.wake()
 
@@ -207,11 +207,12 @@ class Trainer:
             if not groups:
                 return
             async with self.turn():
-                self.in_step = groups = await self._complete(groups, times)
-                learned = await self._step(groups, times)
+                completed = await self._complete(groups, times)
+                learned = await self._step(completed, times)
                 if learned is None:
                     continue
                 offer = await self._gather(times)
+            groups = completed
             began = time.monotonic()
             # Such a run samples nothing beside an evaluation: its batches then never depend on timing.
             self.sampler.hold = self.config.is_timing_free
@@ -226,7 +227,7 @@ class Trainer:
             times = await committed(Trained(self.version.step, groups, learned, times))
             self.sampler.hold = False
             self.sampler.wake()
-            del groups  # their payloads may leave the object store
+            del groups, completed  # their payloads may leave the object store
 
     # ---------------------------------------------------------------- batches
 
@@ -333,7 +334,7 @@ class Trainer:
         return groups
 
     async def _step(self, groups: list[Ready], times: StepTimes) -> dict[str, float] | None:
-        """The learner's metrics; None when the step was skipped on all ranks."""
+        """The learner's metrics; None when the step was skipped on all ranks. Raises RunError after too many of those."""
         c = self.config
         trains, pairs = [g.train for g in groups], self.sampler.options.get("pairs")
         plans = batch.plan_step(trains, c.learner.ranks, c.learner.mini_batches, self.version, seed=c.seed, pairs=pairs)
@@ -341,8 +342,9 @@ class Trainer:
         learned = await self._while_prefetching(self.learner.step(plans))
         times.learn += time.monotonic() - began
         skipped = learned.pop("skipped", False)
-        if skipped:
-            self.sampler.returns.unmade(groups, self.learner.blamed, self.version.step)
+        if skipped:  # they go back as they came: what was made of the whole batch belongs to that batch alone
+            taken, self.in_step = self.in_step, []
+            self.sampler.returns.unmade(taken, self.learner.blamed, self.version.step)
         else:
             self._bad_steps = 0
             self.version = Version(self.version.incarnation, self.version.step + 1)

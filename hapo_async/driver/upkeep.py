@@ -137,6 +137,7 @@ class Upkeep:
         with the learner are not replaced: a new engine needs the memory that the learner may be using."""
         wait_s = None if self._closed or dead.slot.is_part else self._wait_s(dead.name)
         if wait_s is None:
+            dead.slot.release()  # somebody else may have it
             self._note("given_up", f"{dead.name} lost", f"{dead.name} is lost and not replaced: {error}")
             return
         text = f"{dead.name} is lost: {error}; another one is started in {wait_s:g} s"

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.learner import WriteFailed
+from actors.learner import LearnerGone, WriteFailed
 from hapo_async import checkpoint, config, driver_state, group_files
 from hapo_async.buffer import Buffer
 from hapo_async.driver import checkpoints as module
 from hapo_async.driver.checkpoints import MAX_FAILED, Checkpoints
-from hapo_async.driver.resuming import copy_model, find_checkpoint, waiting_groups
+from hapo_async.driver.resuming import already_done, copy_model, find_checkpoint, waiting_groups
 from hapo_async.errors import RunError
 from hapo_async.ledger import Ledger
 from hapo_async.rundir import RunDir
@@ -152,6 +152,44 @@ def test_without_a_first_checkpoint_nothing_is_trained(tmp_path):
         await rig.kept.first()
 
     asyncio.run(scenario())
+
+
+def test_a_rank_that_dies_while_it_writes_is_no_matter_of_the_disk(tmp_path):
+    async def scenario():
+        died = WriteFailed("learner rank 0: died (ActorDiedError)", lost=True)
+        rig = Rig(tmp_path, died, WriteFailed("No space left on device"), died)
+        await rig.save(0)
+        with pytest.raises(LearnerGone, match=r"first checkpoint.*rank 0: died \(ActorDiedError\)$"):
+            await rig.kept.first()
+        await rig.save(0)
+        with pytest.raises(RunError, match="Make room") as full:
+            await rig.kept.first()
+        assert not isinstance(full.value, LearnerGone)
+        rig.learner.may.set()
+        with pytest.raises(LearnerGone, match=r"last checkpoint.*ActorDiedError\)$"):
+            await rig.kept.final(Version(1, 1), {}, hurried=True)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older one", "half of it", "it"])
+def test_a_finished_run_has_the_model_of_its_last_checkpoint(tmp_path, left):
+    """Whatever an earlier stop, or a copy that failed, has left."""
+    folder = RunDir(Loop([], prompts=8, run={"dir": str(tmp_path / "run")}).config)
+    begun = checkpoint.begin(folder.checkpoints, 4)
+    (begun / "model").mkdir()
+    for name in ("weights", "config"):
+        (begun / "model" / name).write_text(f"{name} of step 4")
+    sealed = checkpoint.seal(begun, folder.checkpoints, 4, {"step": 4})
+    if left != "nothing":
+        folder.model.mkdir()
+        (folder.model / "config").write_text("config of step 4")
+    if left in ("an older one", "it"):
+        (folder.model / "weights").write_text(f"weights of step {4 if left == 'it' else 2}")
+    before = folder.model.stat().st_ino if left == "it" else 0
+    assert already_done(folder, checkpoint.Checkpoint(sealed, 4, {})).steps == 4
+    assert (folder.model / "weights").read_text() == "weights of step 4"
+    assert left != "it" or folder.model.stat().st_ino == before, "it was copied again"
 
 
 def test_the_last_one_is_tried_again_unless_a_grace_period_ends(tmp_path, monkeypatch):

@@ -14,12 +14,13 @@ import pytest
 
 from actors.learner import LearnerGone
 from actors.transports import Published
+from hapo_async.driver.generators import Generator
 from hapo_async.driver.recovery import Recovery
 from hapo_async.driver.training import StepTimes, Trained
 from hapo_async.errors import RunError
 from hapo_async.learner.blame import LOST, Blame
 from hapo_async.types import GroupKey, Version
-from tests.driver.living import Live, Places, Resuming
+from tests.driver.living import Live, Places, Resuming, Slot
 from tests.driver.stand_ins import StandInLearner
 
 
@@ -311,3 +312,99 @@ def test_a_group_that_spoils_a_step_goes_and_the_others_train(clock, reason):
     assert counts["dropped"] == (0 if reason == LOST else 1)
     assert loop.trainer.poisoned == (0 if reason == LOST else 1)
     assert isinstance(loop.steps[0][0].key, GroupKey)
+
+
+def test_a_generator_that_comes_back_from_an_evaluation_while_the_learner_is_dead_waits_for_it(clock):
+    """It has no weights to ask for, and the run goes on: a learner that starts again publishes to all."""
+
+    class Asked(Mortal):
+        async def admit(self, members: Any) -> None:
+            self._call("admit")
+
+    async def play(loop: Live) -> None:
+        await loop.at_step(3)
+        lent = loop.fleet.generators[1]
+        await loop.until(lambda: lent.installed == loop.fleet.weights.newest)
+        await loop.fleet.detach(lent, loop.fleet.weights.newest, 100.0)
+        await loop.until(lambda: loop.learner.is_dead)
+        await asyncio.sleep(0.5)
+        assert loop.recovery.restarting
+        loop.fleet.attach(lent)
+        await asyncio.sleep(2.0)
+        await loop.fleet.join(Generator("generator-9", Resuming("generator-9"), Slot(), "key"))
+        await asyncio.sleep(0.5)
+        assert loop.learner.calls["admit"] >= 2 and loop.recovery.restarting
+
+    loop = played(clock, lambda: Recovering(Asked({"step": [12]}), steps=30), play)
+    assert loop.trainer.version == (2, 30) and len(loop.names) == 3
+    assert all(g.installed >= (2, 29) for g in loop.fleet.generators)
+
+
+@pytest.mark.parametrize("reason", [LOST, "its reward is nan"])
+def test_groups_of_a_step_that_was_not_made_go_back_as_they_came(clock, reason):
+    """Advantages that are made over a whole batch are not made of what another batch made."""
+    came: dict[GroupKey, Any] = {}
+    again: list[GroupKey] = []
+
+    def make() -> Recovering:
+        learner = Mortal({})
+        learner.blames = {4: reason}
+        loop = Recovering(learner, steps=12, algorithm="reinforce_pp")
+        add = loop.buffer.add
+
+        def watched(group: Any) -> None:
+            if group.key in came:
+                again.append(group.key)
+                assert group.train is came[group.key]
+            came[group.key] = group.train
+            add(group)
+
+        loop.buffer.add = watched  # type: ignore[method-assign]
+        return loop
+
+    played(clock, make)
+    assert len(again) == 3
+
+
+def test_a_learner_that_dies_right_after_a_step_that_was_not_made_brings_no_group_back_twice(clock):
+    def make() -> Recovering:
+        learner = Mortal({})
+        learner.blames = {4: "a log-prob is not finite"}
+        loop = Recovering(learner, every=3, steps=12)
+        serve, died = loop.trainer._serve_wanting, list[int]()
+
+        async def once() -> None:
+            if learner.calls["step"] == 4 and not died:
+                died.append(1)
+                learner.is_dead = True
+                learner._call("publish")  # a snapshot, for a generator that came back
+            await serve()
+
+        loop.trainer._serve_wanting = once  # type: ignore[method-assign]
+        return loop
+
+    loop = played(clock, make)
+    assert loop.trainer.version == (2, 12) and loop.ledger.counts()["trained"] == 12 * 4
+
+
+def test_going_back_takes_back_that_it_was_enough(clock):
+    async def scenario() -> None:
+        loop = Recovering(Mortal({}))
+        loop.trainer.enough = True
+        loop.trainer.roll_back(Version(2, 0))
+        assert not loop.trainer.enough
+
+    clock.run(scenario())
+
+
+def test_one_that_is_told_to_stop_does_not_start_again(clock):
+    async def scenario() -> None:
+        loop = Recovering(Mortal({}))
+        recovering = asyncio.create_task(loop.recovery.recover(LearnerGone("died")))
+        await asyncio.sleep(0.5)
+        loop.trainer.stopping = True
+        with pytest.raises(LearnerGone, match="died"):
+            await recovering
+        assert loop.learner.calls["restart"] == 0 and not loop.recovery.restarting
+
+    clock.run(scenario())

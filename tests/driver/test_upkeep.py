@@ -156,7 +156,9 @@ def test_one_that_dies_again_and_again_is_given_up_and_the_last_ends_the_run(clo
     async def play(loop):
         await loop.at_step(3)
         loop.actors["generator-1"].die()
+        slot = loop.member("generator-1").slot
         await loop.until(lambda: any(note[0] == "given_up" for note in loop.notes))
+        assert slot.released == 1, "its place is nobody else's"
         assert loop.names == ["generator-0"] and len(loop.places.actors) == 3, "not three tries"
         loop.places.make = _broken
         loop.actors["generator-0"].die()
