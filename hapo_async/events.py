@@ -6,17 +6,13 @@ A line holds step (the learner's version at that moment), time (Unix), kind (``s
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hapo_async.files import open_regular, parse_json
+from hapo_async.files import append_row, open_regular, parse_json
 from hapo_async.secrets import redact
-
-log = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 
@@ -43,11 +39,7 @@ class Events:
     def add(self, kind: str, label: str, text: str) -> None:
         event = Event(self._step(), time.time(), kind, redact(label), redact(text))
         self._say(f"step {event.step}: {event.text}")
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(event)) + "\n")
-        except OSError as error:
-            log.error("%s: %s", self.path, error.strerror)
+        append_row(self.path, asdict(event))
 
 
 def read(run_dir: Path) -> list[Event]:

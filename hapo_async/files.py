@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 
 def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
@@ -47,6 +50,19 @@ def json_line(row: Any, default: Callable[[Any], Any] | None = None) -> str:
     except UnicodeEncodeError:  # halves of characters, which JSON can spell and UTF-8 cannot
         line = json.dumps(row, default=default)
     return line + "\n"
+
+
+def append_row(path: Path, row: Any) -> None:
+    """One more line of JSON. A disk that is full costs that line, which is logged, and nothing else; what another one has cut
+    short before is a line of its own."""
+    try:
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            is_torn = bool(size) and file.read(1) != b"\n"
+            file.write(b"\n" * is_torn + json_line(row).encode())
+    except OSError as error:
+        log.error("%s cannot be written: %s", path, error.strerror)
 
 
 def replace_whole(path: Path, content: str | bytes, durable: bool = True, apart: str = "") -> None:

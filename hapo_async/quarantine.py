@@ -8,11 +8,11 @@ try had by then, null where that is not known.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from hapo_async.files import append_row
 from hapo_async.types import GroupKey
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,4 @@ class Quarantine:
         if self.path is None:
             return
         row = {"step": step, "epoch": key.epoch, "uid": key.uid, "reason": reason, "tries": tries}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"tokens": None if tokens is None else list(tokens)}) + "\n")
-        except OSError as error:
-            log.error("%s: %s", self.path, error.strerror)
+        append_row(self.path, row | {"tokens": None if tokens is None else list(tokens)})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from hapo_async import events
 from hapo_async.events import Event
+from hapo_async.files import append_row
 from hapo_async.report import marks, panels
 from hapo_async.report.charts import SMALL, Line, line_chart
 
@@ -48,3 +50,16 @@ def test_where_something_happened_the_report_counts_actors_over_steps():
     training, machine = marks.mark(sections, rows, [event(1)])
     assert machine.title == "The machine" and machine.panels[0].title == "Generators and verifiers"
     assert all('class="event"' in p.svg for s in (training, machine) for p in s.panels if p.svg)
+
+
+def test_a_line_that_a_crash_cut_short_costs_no_other_and_a_full_disk_is_said(tmp_path, caplog):
+    (tmp_path / "rows").write_text('{"row": 0}\n{"ro')
+    append_row(tmp_path / "rows", {"row": 1, "text": "é\ud800"})
+    append_row(tmp_path / "rows", {"row": 2})
+    append_row(tmp_path / "new", {"row": 0})
+    lines = (tmp_path / "rows").read_text().splitlines()
+    assert [lines[0], lines[1], lines[3]] == ['{"row": 0}', '{"ro', '{"row": 2}'] and json.loads(lines[2])["row"] == 1
+    assert (tmp_path / "new").read_text() == '{"row": 0}\n'
+    (tmp_path / "full").symlink_to("/dev/full")
+    append_row(tmp_path / "full", {"row": 0})
+    assert "No space left" in caplog.text

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from hapo_async.driver.judges import Judges
 from hapo_async.driver.pulses import Actor, Incident, Pulse, Reading
 from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.supervision import Supervision
+from hapo_async.files import append_row
 from hapo_async.ledger import Ledger
 from hapo_async.words import plural
 
@@ -306,8 +306,4 @@ class Watchdog:
     def _write(self, incident: Incident, now: float, row: dict[str, Any]) -> None:
         clock, silent_s = time.time(), now - incident.since
         head = {"time": clock, "who": incident.who, "state": incident.state, "since": clock - silent_s}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**head, "silent_s": silent_s, **row}) + "\n")
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self.path, error)
+        append_row(self.path, {**head, "silent_s": silent_s, **row})
