@@ -52,14 +52,52 @@ _QUERY = re.compile(
     r"(?P<head>[?&;](?:[\w-]*(?:token|secret|password|passwd|signature|credential)|api_?key|key|sig)=)[^&\s#\"'<>]{4,}",
     re.I,
 )
-_NAMED = re.compile(
-    r"(?P<head>(?:(?:auth|access|api|hf|bearer|session|security|refresh|id)_?token|secret|passw(?:or)?d|passphrase|api_?key"
-    r"|access_?key|secret_?key|private_?key)[\"']?\s*[=:]\s*[\"']?)(?!\(secret\))(?![-+.\d]+\b)[^\s\"',;{}&]{6,}",
-    re.I,
+_ALWAYS = (
+    r"passw(?:or)?d|passphrase|secret|api[-_ ]?key|(?:access|secret|private|signing|encryption|account|master)[-_]?key"
 )
+_OFTEN = (
+    r"(?:auth|access|api|hf|hub|bearer|session|security|refresh|id|csrf|xsrf|bot|user|client|deploy|personal|github|gitlab|wandb"
+    r"|ray)[-_]?token"
+)
+_IS = r"(?:\\?[\"'])?\s*(?:=>|[=:])\s*"
+_NO_VALUE = r"(?:none|null|true|false|required|optional|disabled|enabled|default|missing|unknown|\(secret\))"
+_NUMBER = r"[-+.\d]+(?![^\s\"',;{}&])"
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(rf"(?P<head>{head}){value}", re.I), rf"\g<head>{MARK}")
+    for head, value in (
+        (
+            rf"(?:{_ALWAYS}|{_OFTEN}){_IS}(?P<quote>\\?[\"'])",
+            rf"(?!{_NO_VALUE}(?P=quote))(?:(?!(?P=quote))[^\n]){{5,}}",
+        ),
+        (rf"(?:{_ALWAYS}){_IS}", rf"(?![\"'\\])(?!{_NO_VALUE}\b|\(secret\))[^\s\"',;{{}}&]{{6,}}"),
+        (rf"{_OFTEN}{_IS}", rf"(?![\"'\\])(?!\(secret\)|{_NUMBER})[^\s\"',;{{}}&]{{6,}}"),
+        (r"(?<![\w-])pwd[\"']?\s*[=:]\s*[\"']?", r"(?![/~.$\\]|[a-z]:\\|\(secret\))[^\s\"',;{}&]{6,}"),
+        (
+            rf"(?<![\w-])(?:token|credentials?){_IS}(?:\\?[\"'])?",
+            rf"(?!{_NUMBER})(?=[^\s\"',;]*\d|[\w.~+/=-]{{20}})[\w.~+/=-]{{8,}}",
+        ),
+        (
+            rf"(?<![\w-])--?(?:[a-z]+-){{0,3}}(?:{_ALWAYS})(?:[\"'],)?[\s=]+[\"']?",
+            r"(?!-|\(secret\))[^\s\"',;]{6,}",
+        ),
+        (
+            rf"(?<![\w-])--?(?:{_OFTEN}|token)(?:[\"'],)?[\s=]+[\"']?",
+            rf"(?!-|\(secret\)|{_NUMBER})[^\s\"',;]{{6,}}",
+        ),
+        (
+            r"\bauthorization\\?[\"']?\s*[=:]\s*\\?[\"']?(?:(?:basic|bearer|digest|token|apikey|negotiate)\s+)?",
+            rf"(?!{_NO_VALUE}\b|\(secret\))[^\s\"',;\\]{{6,}}",
+        ),
+        (r"\bcookie\\?[\"']?\s*[=:]\s*\\?[\"']?", r"(?=[^\s=;:]+=)[^\r\n\"'\\]{6,}"),
+        (r"\bbearer\s+", r"(?=[\w.~+/=-]{20}|[a-z._~+/=-]*\d)[\w.~+/=-]{16,}"),
+    )
+)
+"""What a name, a header or an option says is secret. Of names that are ordinary words too, the value must look like it."""
+_HINT = re.compile(r"passw|passphrase|secret|key|token(?!s|i)|pwd|credential|authorization|cookie|bearer", re.I)
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{15,}"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{30,}"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}|\bpypi-A[\w-]{15,}"
+    r"|\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|\bdckr_pat_[\w-]{20,}|\bhvs\.[\w-]{20,}|\bya29\.[\w-]{20,}|\bnvapi-[\w-]{20,}"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}|(?<=Bearer )[\w.~+/=-]{16,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
     re.S,
@@ -101,7 +139,9 @@ class Redactor:
         if ":/" in text:  # also of a URL that was taken for a path
             text = _URL.sub(rf"\g<head>{MARK}\g<at>", text)
         text = _QUERY.sub(rf"\g<head>{MARK}", text)
-        return _SHAPES.sub(MARK, _NAMED.sub(rf"\g<head>{MARK}", text))
+        for rule, instead in _RULES if _HINT.search(text) else ():
+            text = rule.sub(instead, text)
+        return _SHAPES.sub(MARK, text)
 
 
 _process = Redactor()

@@ -80,9 +80,48 @@ def test_secrets_are_replaced(known, text, secret):
 
 
 @pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Authorization: Basic dXNlcjpodW50ZXIyMTIz", "Authorization: Basic"),
+        ('{"Authorization": "token abcdefgh12"}', '{"Authorization": "token "}'),
+        ("X-Api-Key: abcdef123456789", "X-Api-Key:"),
+        ("api-key=abcdefgh1234&x", "api-key=&x"),
+        ("--api-key abcdefgh1234 --x", "--api-key  --x"),
+        ("--hf-token=abcdefgh", "--hf-token="),
+        ("--token abcdefgh1234", "--token"),
+        ("--password 12345678", "--password"),
+        ("['--token', 'abcdefgh1234']", "['--token', '']"),
+        ("token: abcdefgh1234", "token:"),
+        ('{"token": "abcdefgh123"}', '{"token": ""}'),
+        (r'"{\"token\": \"abcdefgh123\"}"', r'"{\"token\": \"\"}"'),
+        ("bearer abcdefghijklmnopqrst", "bearer"),
+        ("Cookie: session=abcdefghijkl; other=1", "Cookie:"),
+        ("Set-Cookie: session=abcdefghijkl", "Set-Cookie:"),
+        ("npm_abcdefghijklmnopqrstuvwxyz0123456789", ""),
+        ("pypi-AgEIcHlwaS5vcmcCJDU5ZGY", ""),
+        ("password=12345678", "password="),
+        ("'password': 'correct horse'", "'password': ''"),
+        ('secret = "a b c"', 'secret = ""'),
+        ("pwd=hunter22", "pwd="),
+        ("credentials: abcdefgh1", "credentials:"),
+    ],
+)
+def test_what_a_text_calls_a_secret_is_replaced_as_a_whole(text, left):
+    said = Redactor()(text)
+    assert MARK in said and said.replace(MARK, "").strip() == left.strip()
+    assert Redactor()(said) == said
+
+
+@pytest.mark.parametrize(
     "text",
     ["throughput/generate_tokens_per_s: 31400.5", "eos_token='<|im_end|>'", "sampling.max_tokens=1024", "a@b.example",
-     "see http://example.org/x", "http://example.org/a b@c", "tcp://127.0.0.1:5555", "key=value", "step 3/10"],
+     "see http://example.org/x", "http://example.org/a b@c", "tcp://127.0.0.1:5555", "key=value", "step 3/10",
+     "tokens: 512", "max_tokens=32", "token ids: 12345678", "n_tokens: 123456", "tokenizer: Qwen/Qwen2.5-0.5B",
+     "--tokenizer Qwen/Qwen2.5-0.5B", "--max-tokens 1024", "token: 1234567", "next token: understanding",
+     '{"token": "understanding"}', "pad_token_id=151643", "eos_token: <|endoftext|>", "stop_token=abcdefgh12",
+     "tokens_per_s=12345678", "token budget: 123456", "api_key=None", "password: required", "PWD=/root/abcdef",
+     "authorization: required", "--token 12345678",
+     "bearer of responsibilities", "cookie: a small biscuit", "npm_config_registry=https", "pypi-server"],
 )  # fmt: skip
 def test_ordinary_texts_stay(known, text):
     assert known(text) == text

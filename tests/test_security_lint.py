@@ -286,7 +286,6 @@ import shutil; shutil.unpack_archive("x", "y")
 }
 
 GOOD = r"""
-import pickle; pickle.dumps(x)
 import json; json.loads(b)
 load(b)
 self.loads(b)
@@ -352,7 +351,7 @@ import requests; requests.get(u, verify=True)
 import tarfile; tarfile.open("x").extractall("y", filter="data")
 import multiprocessing; multiprocessing.Pipe()
 import runpy; runpy.run_module("known.module", run_name="__main__")
-import pickle; pickle.loads(b)  # lint: allow unpickle because it was pickled two lines above
+import torch; torch.jit.load(b)  # lint: allow unpickle because it was saved two lines above
 import os\nos.system(\n  "ls"  # lint: allow shell because this is what the test is about\n)
 """
 
@@ -379,11 +378,11 @@ def test_a_finding_names_the_line_the_rule_and_the_fix():
 
 
 def test_an_exception_needs_its_reason_and_a_use():
-    bad = "import pickle\npickle.loads(b)  # lint: allow unpickle"
+    bad = "import torch\ntorch.jit.load(b)  # lint: allow unpickle"
     assert {f.rule for f in check_source(bad)} == {"unpickle", "allowance"}
     assert {f.rule for f in check_source(bad + " because so")} == {"unpickle", "allowance"}
     assert {f.rule for f in check_source("x = 1  # lint: allow eval because it was needed once")} == {"allowance"}
-    other = "import pickle\npickle.loads(b)  # lint: allow eval because it is trusted data"
+    other = "import torch\ntorch.jit.load(b)  # lint: allow eval because it is trusted data"
     assert {f.rule for f in check_source(other)} == {"unpickle", "allowance"}
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import ipaddress
 import re
-import socket
 from collections.abc import Callable, Mapping
 
 from tools.security_names import Names
@@ -14,6 +12,7 @@ FIXES: Mapping[str, str] = {
     "unpickle": "exchange JSON, msgpack with a schema, or safetensors",
     "torch-load": "pass weights_only=True, as a constant, and no pickle_module",
     "numpy-load": "pass allow_pickle=False, as a constant",
+    "pickle": "do not even import it: exchange JSON, msgpack with a schema, or safetensors",
     "pyobj": "send checked msgpack headers and raw frames (actors/transports/wire.py)",
     "connection": "use a pipe between parent and child; over a network, actors/transports",
     "objects": "send tensors or checked bytes: this unpickles what other processes sent",
@@ -41,15 +40,23 @@ ALWAYS: Mapping[str, frozenset[str]] = {
         cloudpickle.loads dill.load dill.loads dill.Unpickler dill.load_session dill.load_module dill.load_module_asdict
         marshal.load marshal.loads shelve.open shelve.Shelf shelve.BsdDbShelf shelve.DbfilenameShelf joblib.load
         jsonpickle.decode jsonpickle.loads jsonpickle.unpickler.decode jsonpickle.unpickler.Unpickler pandas.read_pickle
-        pandas.io.pickle.read_pickle torch.jit.load torch.package.PackageImporter torch.hub.load
-        torch.distributed.checkpoint.load_state_dict multiprocessing.reduction.ForkingPickler.loads
-        multiprocessing.reduction.loads sklearn.externals.joblib.load skops.io.load copyreg.__newobj__
+        pandas.io.pickle.read_pickle torch.jit.load torch.export.load torch.package.PackageImporter torch.hub.load
+        torch.distributed.checkpoint.load_state_dict torch.distributed.checkpoint.load torch.storage._load_from_bytes
+        torch.distributed.checkpoint.FileSystemReader torch.utils.model_zoo.load_url torch._legacy_load
+        torch.ops.load_library torch.classes.load_library ForkingPickler.loads _ForkingPickler.loads
+        multiprocessing.reduction.loads sklearn.externals.joblib.load skops.io.load skops.io.loads copyreg.__newobj__
+        shelve.Unpickler shelve.DbfilenameShelf pandas.compat.pickle_compat.load pandas.compat.pickle_compat.loads
+        pandas.compat.pickle_compat.Unpickler pandas.read_hdf pandas.HDFStore jsonpickle.Unpickler keras.models.load_model
+        tensorflow.keras.models.load_model hickle.load compress_pickle.load compress_pickle.loads srsly.pickle_loads
+        diskcache.Cache dill._dill.Unpickler marshal._load pickle._Pickler.loads mlflow.pyfunc.load_model
         """
     ),
     "connection": _words(
         """
         multiprocessing.connection.Listener multiprocessing.connection.Client multiprocessing.connection.SocketListener
         multiprocessing.connection.SocketClient multiprocessing.managers.BaseManager multiprocessing.managers.SyncManager
+        multiprocessing.Manager multiprocessing.managers.Server multiprocessing.connection.answer_challenge
+        multiprocessing.connection.deliver_challenge multiprocessing.managers.SharedMemoryManager
         xmlrpc.server.SimpleXMLRPCServer xmlrpc.server.DocXMLRPCServer
         """
     ),
@@ -64,12 +71,21 @@ ALWAYS: Mapping[str, frozenset[str]] = {
         """
         eval exec code.interact code.InteractiveConsole code.InteractiveInterpreter codeop.compile_command runpy.run_path
         pandas.eval numexpr.evaluate sympy.sympify sympy.parse_expr sympy.core.sympify.sympify
-        sympy.parsing.sympy_parser.parse_expr sympy.parsing.sympy_parser.eval_expr timeit.timeit cProfile.run profile.run
+        sympy.parsing.sympy_parser.parse_expr sympy.parsing.sympy_parser.eval_expr sympy.parsing.parse_expr
+        sympy.parsing.mathematica.parse_mathematica
+        timeit.timeit timeit.Timer timeit.repeat timeit.main cProfile.run cProfile.runctx profile.run profile.runctx
+        pdb.run pdb.runeval pdb.runctx bdb.Bdb trace.Trace code.compile_command code.InteractiveConsole.push
+        codeop.Compile codeop.CommandCompiler types.FunctionType types.CodeType imp.load_source imp.load_module
+        imp.load_compiled importlib.machinery.SourceFileLoader importlib.machinery.SourcelessFileLoader
+        importlib.machinery.ExtensionFileLoader logging.config.listen logging.config.fileConfig ctypes.pythonapi
+        hydra.utils.instantiate hydra.utils.call jinja2.Template typing._eval_type numpy.safe_eval asteval.Interpreter
+        simpleeval.simple_eval
         """
     ),
     "shell": _words(
         """
         os.system os.popen os.popen2 os.popen3 os.popen4 subprocess.getoutput subprocess.getstatusoutput
+        ctypes.CDLL.system ctypes.CDLL.popen pipes.Template invoke.run platform.popen pexpect.runu
         asyncio.create_subprocess_shell commands.getoutput commands.getstatusoutput popen2.popen2 popen2.popen3
         """
     ),
@@ -77,11 +93,17 @@ ALWAYS: Mapping[str, frozenset[str]] = {
         """
         yaml.unsafe_load yaml.unsafe_load_all yaml.full_load yaml.full_load_all yaml.UnsafeLoader yaml.FullLoader yaml.Loader
         yaml.CLoader yaml.CFullLoader yaml.CUnsafeLoader yaml.UnsafeConstructor yaml.FullConstructor
+        yaml.Constructor ruamel.yaml.UnsafeConstructor ruamel.yaml.Constructor ruamel.yaml.unsafe_load_all
         ruamel.yaml.unsafe_load ruamel.yaml.Loader ruamel.yaml.UnsafeLoader
         """
     ),
     "mktemp": frozenset({"tempfile.mktemp", "os.tempnam", "os.tmpnam"}),
-    "tls": frozenset({"ssl._create_unverified_context", "ssl.CERT_NONE"}),
+    "tls": _words(
+        """
+        ssl._create_unverified_context ssl._create_stdlib_context ssl.CERT_NONE ssl.VerifyMode.CERT_NONE
+        ssl.wrap_socket paramiko.AutoAddPolicy paramiko.client.AutoAddPolicy
+        """
+    ),
 }
 """Names of which every mention counts, by rule."""
 
@@ -93,6 +115,13 @@ METHODS: Mapping[str, str] = {
     "create_subprocess_shell": "shell",
     "unsafe_load": "yaml",
     "full_load": "yaml",
+    "full_load_all": "yaml",
+    "unsafe_load_all": "yaml",
+    "read_hdf": "unpickle",
+    "_load_from_bytes": "unpickle",
+    "runctx": "eval",
+    "runeval": "eval",
+    "getstatusoutput": "shell",
 }
 """Attributes of which every mention counts, whoever has them."""
 
@@ -105,9 +134,35 @@ KEYWORDS: Mapping[str, tuple[str, bool]] = {
     "verify": ("tls", True),
     "verify_ssl": ("tls", True),
     "check_hostname": ("tls", True),
+    "assert_hostname": ("tls", True),
+    "ssl": ("tls", True),
+    "cert_reqs": ("tls", True),
+    "verify_mode": ("tls", True),
 }
 """Arguments and keys: (rule, whether the value must be true rather than false)."""
+ONLY_CALLS = frozenset({"verify", "ssl"})
+"""Those of them that are other words' names where they are no argument."""
+_VARIES = (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.IfExp, ast.BoolOp, ast.Compare, ast.UnaryOp)
+NEVER_VARY = frozenset({"shell", "torch-load", "numpy-load", "remote-code"})
 
+PICKLES = _words(
+    """
+    pickle cPickle _pickle pickle5 cloudpickle ray.cloudpickle dill joblib marshal shelve jsonpickle hickle compress_pickle
+    pickleshare multiprocessing.reduction pandas.compat.pickle_compat sklearn.externals.joblib diskcache
+    """
+)
+"""Modules that make objects from bytes: outside tests they are not even imported."""
+SAID = (
+    (re.compile(r"^--trust[-_]remote[-_]code(?:$|[= ](?:1|true|yes|on)$)|\btrust_remote_code=(?:1|true|yes|on)\b", re.I),
+     "remote-code"),
+    (re.compile(r"tag:yaml\.org,2002:python/|!{2}python/"), "yaml"),
+    (re.compile(r"^TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD$|^VLLM_ALLOW_INSECURE_SERIALIZATION$"), "torch-load"),
+    (re.compile(r"^PYTHONHTTPSVERIFY$"), "tls"),
+    (re.compile(r"^\w*TRUST_REMOTE_CODE$"), "remote-code"),
+)  # fmt: skip
+"""Texts that switch something on, with their rules."""
+
+_SYMPY_PARSES = re.compile(r"sympy\.(?:[\w.]+\.)?(?:simplify|N|S|expand|factor|solve|nsimplify|lambdify)")
 SAFE_LOADERS = frozenset({"yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader", "yaml.CBaseLoader"})
 NUMPY_LOADS = frozenset({"numpy.load", "numpy.lib.format.read_array"})
 TORCH_LOADS = frozenset({"torch.load", "torch.hub.load_state_dict_from_url"})
@@ -115,52 +170,6 @@ YAML_LOADS = frozenset({"yaml.load", "yaml.load_all", "ruamel.yaml.load", "ruame
 HASHES = re.compile(r"(?:hashlib\.|Crypto(?:dome)?\.Hash\.)(md5|sha1|MD5|SHA1?)(?:\.new)?$")
 NEED_CALL = NUMPY_LOADS | TORCH_LOADS | YAML_LOADS | {"compile"}
 """What is safe with the right arguments, and cannot be judged where it is handed on without them."""
-
-BINDERS = _words(
-    """
-    bind bind_to_random_port create_server start_server HTTPServer ThreadingHTTPServer TCPServer ThreadingTCPServer
-    ForkingTCPServer UDPServer ThreadingUDPServer SimpleXMLRPCServer DocXMLRPCServer make_server add_insecure_port
-    add_secure_port create_datagram_endpoint TCPStore Listener serve run run_app run_simple listen TCPSite WSGIServer
-    """
-)
-"""Last parts of the names of what opens a listening socket."""
-_HOSTS = ("host", "hostname", "address", "addr", "local_addr", "interface", "server_address", "host_name", "bind")
-_OPTIONAL_HOST = frozenset({"asyncio.start_server"})
-
-NAMED_WILDCARD = re.compile(
-    r"(?:^|[/@\[\s=,])(?:0\.0\.0\.0|\[::\])(?::|/|,|\s|$)|^(?:tcp|udp|ws|wss|epgm|pgm|http|https|grpc)://(?:\*|0)(?::|/|$)"
-)
-_ENDPOINT = re.compile(
-    r"^(?:[a-z0-9+]+://)?(\[[0-9a-fA-F:.]*\]|[^:/\[\]]*|[0-9a-fA-F:.]*::[0-9a-fA-F:.]*)(?::[^/]*)?(?:/.*)?$"
-)
-SHELLS = re.compile(r"^(?:.*/)?(?:sh|bash|zsh|dash|ksh|csh|fish|cmd|cmd\.exe|powershell|pwsh)$")
-
-
-def is_wildcard(host: str) -> bool:
-    """Whether a text names all addresses of this machine, as a host or as an endpoint such as tcp://*:5555."""
-    text = host.strip()
-    if text in ("", "*") or NAMED_WILDCARD.search(text):
-        return True
-    if text.startswith(("inproc:", "ipc:", "unix:", "file:")):
-        return False
-    found = _ENDPOINT.match(text)
-    inside = found[1].strip("[]") if found else text
-    if "://" in text and inside in ("", "*"):
-        return True
-    return _is_unspecified(text.strip("[]")) or _is_unspecified(inside)
-
-
-def _is_unspecified(host: str) -> bool:
-    """Also of 0, 0x0 and 0.0, which the system's resolver takes."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:
-            return bool(re.fullmatch(r"[0-9a-fA-FxX.]+", host)) and socket.inet_aton(host) == bytes(4)
-        except OSError:
-            return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return address.is_unspecified or (mapped is not None and mapped.is_unspecified)
 
 
 def truth(node: ast.AST | None) -> bool | None:
@@ -196,6 +205,21 @@ def arguments(call: ast.Call) -> tuple[dict[str, ast.expr], bool]:
     return found, unread
 
 
+def is_wrong(names: Names, name: str, value: ast.expr, in_call: bool) -> bool:
+    """Whether the rule of KEYWORDS is broken by giving this name this value. What must never vary must be a constant in calls,
+    trust_remote_code everywhere."""
+    rule, wanted = KEYWORDS[name]
+    if name in ("cert_reqs", "verify_mode"):
+        none = isinstance(value, ast.Constant) and value.value in (0, "CERT_NONE") and value.value is not None
+        return none or "ssl.CERT_NONE" in names.of(value)
+    if isinstance(value, ast.Constant) and value.value is None and (not wanted or rule == "tls"):
+        return False
+    if rule in NEVER_VARY and (in_call or (rule == "remote-code" and isinstance(value, _VARIES))):
+        return truth(value) is not wanted
+    is_flag = isinstance(value, ast.UnaryOp) or (isinstance(value, ast.Constant) and isinstance(value.value, int))
+    return is_flag and truth(value) is (not wanted)
+
+
 def judge_call(names: Names, called: set[str], call: ast.Call) -> str | None:
     """The rule that a call breaks by its arguments. called: what is called; for functools.partial(f, ...) it is f."""
     given, _ = arguments(call)
@@ -204,17 +228,22 @@ def judge_call(names: Names, called: set[str], call: ast.Call) -> str | None:
             return rule
     if any(HASHES.search(name) for name in called) and truth(given.get("usedforsecurity")) is not False:
         return "weak-hash"
-    return None
+    return _parsed(names, called, call)
 
 
 def _torch_load(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
     fine = truth(given.get("weights_only")) is True and "pickle_module" not in given and len(call.args) < 3
-    return None if fine else "torch-load"
+    return None if fine and not arguments(call)[1] else "torch-load"
 
 
 def _numpy_load(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
     allowed = given.get("allow_pickle", call.args[2] if len(call.args) > 2 else None)
-    return None if truth(allowed) is False else "numpy-load"
+    return None if truth(allowed) is False and not arguments(call)[1] else "numpy-load"
+
+
+def _npz(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
+    allowed = given.get("allow_pickle", call.args[2] if len(call.args) > 2 else None)
+    return None if allowed is None or truth(allowed) is False else "numpy-load"
 
 
 def _yaml_load(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
@@ -224,8 +253,19 @@ def _yaml_load(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> s
 
 
 def _ruamel(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
-    kind = names.text(given.get("typ", call.args[0] if call.args else None))
-    return "yaml" if kind == "unsafe" else None
+    kind = given.get("typ", call.args[0] if call.args else None)
+    kinds = kind.elts if isinstance(kind, ast.List | ast.Tuple) else [kind]
+    fine = kind is None or all(names.text(one) in ("safe", "rt", "pure", "string") for one in kinds)
+    return None if fine and not arguments(call)[1] else "yaml"
+
+
+def _parsed(names: Names, called: set[str], call: ast.Call) -> str | None:
+    """sympy's functions evaluate texts; what is no text by its spelling may be one."""
+    if not call.args or not any(_SYMPY_PARSES.fullmatch(name) for name in called):
+        return None
+    is_made = isinstance(call.args[0], ast.Call | ast.BinOp | ast.UnaryOp | ast.Constant)
+    is_made = is_made and not names.texts(call.args[0])
+    return None if is_made else "eval"
 
 
 def _compile(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
@@ -257,6 +297,12 @@ def _process_group(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) 
     return None if "store" in given or len(call.args) > 5 else "wildcard"
 
 
+def _tls_context(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
+    protocol = given.get("protocol", call.args[0] if call.args else None)
+    fine = {"ssl.PROTOCOL_TLS_CLIENT", "ssl.PROTOCOL_TLS_SERVER", "ssl._SSLMethod.PROTOCOL_TLS_CLIENT"}
+    return None if names.of(protocol) & fine else "tls"
+
+
 def _unpack(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str | None:
     return None if "filter" in given else "extract"
 
@@ -264,6 +310,7 @@ def _unpack(names: Names, call: ast.Call, given: Mapping[str, ast.expr]) -> str 
 _CALLS: tuple[tuple[frozenset[str], Callable[[Names, ast.Call, Mapping[str, ast.expr]], str | None]], ...] = (
     (TORCH_LOADS, _torch_load),
     (NUMPY_LOADS, _numpy_load),
+    (frozenset({"numpy.NpzFile"}), _npz),
     (YAML_LOADS, _yaml_load),
     (frozenset({"ruamel.yaml.YAML"}), _ruamel),
     (frozenset({"compile"}), _compile),
@@ -271,34 +318,6 @@ _CALLS: tuple[tuple[frozenset[str], Callable[[Names, ast.Call, Mapping[str, ast.
     (frozenset({"hashlib.new", "hashlib.file_digest", "hmac.new", "hmac.digest"}), _new_hash),
     (frozenset({"torch.distributed.TCPStore"}), _store),
     (frozenset({"torch.distributed.init_process_group"}), _process_group),
+    (frozenset({"ssl.SSLContext"}), _tls_context),
     (frozenset({"shutil.unpack_archive"}), _unpack),
 )
-
-
-def binds_wildcard(names: Names, called: set[str], last: str, call: ast.Call) -> bool:
-    """Whether a call of something in BINDERS opens a socket on all addresses. last: the last part of its name."""
-    given, unread = arguments(call)
-    hosts = [given[name] for name in _HOSTS if name in given]
-    if last in ("start_server", "serve") or (last == "create_server" and not _is_pair(call)):
-        hosts += call.args[1:2]  # behind a handler
-    if last not in ("run", "serve", "run_app", "start_server"):
-        hosts += call.args[:1]
-    if any(is_wildcard(text) for host in hosts for text in _host_texts(names, host)):
-        return True
-    is_asyncio = bool(called & _OPTIONAL_HOST)
-    if is_asyncio and len(call.args) < 2 and not ({"host", "sock", "path"} & given.keys()) and not unread:
-        return True
-    return is_asyncio and any(isinstance(host, ast.Constant) and host.value is None for host in hosts)
-
-
-def _is_pair(call: ast.Call) -> bool:
-    return bool(call.args) and isinstance(call.args[0], ast.Tuple | ast.List)
-
-
-def _host_texts(names: Names, node: ast.expr) -> set[str]:
-    """What the host in an argument may be: of (host, port) the first part."""
-    if isinstance(node, ast.Tuple | ast.List):
-        return _host_texts(names, node.elts[0]) if node.elts else set()
-    if isinstance(node, ast.Attribute) and "socket.INADDR_ANY" in names.of(node):
-        return {"*"}
-    return names.any_texts(node)
