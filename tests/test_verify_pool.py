@@ -192,7 +192,7 @@ def test_the_deadline_clock_stops_while_a_worker_imports():
 
 def test_a_worker_says_when_it_imports():
     code = (
-        "from hapo_async.verify import math; events = []; math.loading_hook = events.append\n"
+        "from hapo_async.verify import math, symbolic; events = []; symbolic.loading_hook = events.append\n"
         "math.verdict('A: 1', '1'); assert events == []\n"
         "math.verdict('A: x+1', '1+x'); assert events == [True, False], events"
     )

@@ -16,6 +16,7 @@ def benign(rng: random.Random) -> Iterator[Pair]:
         yield from _numbers(rng)
         yield from _statements(rng)
         yield from _mathematics()
+        yield from _spellings(rng)
 
 
 def _numbers(rng: random.Random) -> Iterator[Pair]:
@@ -32,7 +33,7 @@ def _numbers(rng: random.Random) -> Iterator[Pair]:
         (f"{n} apples", n),
         (f"{n} km/h", str(n)),
         (rf"{n}^\circ", n),
-        (rf"{n}\%", n),
+        (rf"{n}\%", rf"{n}\%"),
         (rf"\textbf{{(C)}}\ {n}", n),
         (f"{thousands:,}", thousands),
         (f"{thousands:,}".replace(",", "{,}"), str(thousands)),
@@ -101,3 +102,96 @@ def _mathematics() -> Iterator[Pair]:
         (r"2x+1 = 0", "2x+1=0"),
     ):
         yield box(text), truth
+
+
+SPELLINGS = (
+    ("3 1/2", "7/2", "3.5", r"3\frac{1}{2}", "3½"),
+    ("7/2", "3 1/2"),
+    ("1010_2", r"1010_{\text{two}}", "(1010)_2"),
+    ("1000000", "10⁶", "1 x 10^6"),
+    (r"3 \times 10^8", "3e8", "300000000"),
+    (r"\frac{3}{4}", "¾", r"{3 \over 4}", r"\nicefrac{3}{4}", r"75\%"),
+    ("-0.75", "–0.75", "−0.75"),
+    (r"\frac{1}{3}", r"0.\bar{3}"),
+    ("x^2+1", "x²+1"),
+    (r"2\sqrt{3}", "2√3", r"2\sqrt{3} \text{ m}"),
+    (r"(-\infty,2)\cup(3,\infty)", "(-∞,2)∪(3,∞)", r"x<2 \text{ or } x>3"),
+    ("[2,5)", r"2 \le x < 5", r"2 \leq x < 5", r"x\ge 2 \text{ and } x<5"),
+    ("(2,5)", "x=2, y=5", "P(2,5)", "(x,y)=(2,5)"),
+    (r"\{1,2\}", "x=1, x=2", r"x = 1 \text{ or } x = 2", r"x \in \{1,2\}"),
+    (r"\pm 3", r"x=3 \text{ or } x=-3"),
+    ("y=2x+1", "2x+1=y", "y-2x=1", "y-2x-1=0"),
+    ("3+4i", r"3+4\cdot i"),
+    (r"\text{3:45 PM}", "3:45 p.m.", r"3{:}45 \text{ PM}"),
+    (r"\emptyset", r"\varnothing"),
+    ("C", r"(C)\ 42"),
+)
+"""(a truth, other ways to write it ...)."""
+
+NUMBER_SPELLINGS = (
+    *("f(-1) = {}", "f'(2) = {}", r"m\angle A = {}", r"\overline{{AB}} = {}", "a+b={}", "= {}", "{} = x", r"\({}\)"),
+    *(
+        "{} m",
+        "{} g",
+        "{}°C",
+        "{}^\\circ F",
+        r"{}\,\mathrm{{m/s^2}}",
+        "{}€",
+        "₹{}",
+        r"\text{{Rs. }}{}",
+        "{} units^2",
+        "{} o'clock",
+    ),
+    *(
+        "{} square units",
+        "{} more apples",
+        "{} in all",
+        r"\large {}",
+        r"\text{{Answer: }}{}",
+        r"\text{{Total cost}} = {}",
+    ),
+)
+
+AROUND = (
+    *(
+        "5 is not prime, so the answer is {}.",
+        "Not 17. It is {}.",
+        "The first guess was wrong, but the answer is {}.",
+        "- {}",
+    ),
+    *(
+        "{}, which is not obvious.",
+        "{}. No other values work.",
+        "{}!",
+        "=> {}",
+        "{}<|im_end|>",
+        "{}\n\n2. Next",
+        r"$n \ge {}$",
+    ),
+    *(
+        r"\[ x = {} \]",
+        "**{}**",
+        "The answer is {}, not 17.",
+        "It is {}, not more.",
+        "<answer>{}</answer>",
+        "Either way, the answer is {}.",
+    ),
+    *(
+        "I do not think that it is 17, so {}.",
+        "{} is the answer.",
+        r"$\therefore {}$",
+        "The answer is obtained so.\n{}",
+    ),
+)
+"""Around a box that holds the truth."""
+
+
+def _spellings(rng: random.Random) -> Iterator[Pair]:
+    number = rng.randint(2, 999)
+    for truth, *answers in SPELLINGS:
+        yield box(rng.choice(answers)), truth
+    for pattern in NUMBER_SPELLINGS:
+        yield box(pattern.format(number)), number
+    for pattern in AROUND:
+        yield pattern.format(rf"\boxed{{{number}}}"), number
+    yield rf"$\boxed{number % 10}$", number % 10

@@ -37,6 +37,7 @@ from hostile_cases import (
     size,
 )
 from hostile_claims import bad_truths, boxes, hedges, injections, negations, relations
+from hostile_near import leftovers, neighbours, surroundings
 from hostile_plugin import DEEDS
 
 from hapo_async.types import FAILURES, Judgement
@@ -56,6 +57,9 @@ CLASSES: dict[str, Maker] = {
     "relations": relations,
     "negations": negations,
     "hedges": hedges,
+    "surroundings": surroundings,
+    "leftovers": leftovers,
+    "neighbours": neighbours,
     "injections": injections,
     "bad truths": bad_truths,
     "benign": benign,

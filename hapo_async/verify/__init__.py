@@ -76,7 +76,7 @@ def _judge(
     if name == "boxed":
         verdict, detail = boxed.verdict(response[-final.TAIL :], truths.check(truth)), ""
     else:
-        verdict, detail = math.judge(response, truth)
+        verdict, detail = math.judge(response, truth, prompt_text)
     return float(verdict is Verdict.CORRECT), verdict, {}, detail
 
 

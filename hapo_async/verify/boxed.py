@@ -8,13 +8,19 @@ from typing import Any
 from hapo_async.types import Verdict
 
 _COMMAND = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
-_BARE = re.compile(r"\s+([^\s$\\{}]+)")
+_BARE = re.compile(r"\s+([^\s$\\{}]+)|([0-9])(?![0-9])")
+_OTHER = re.compile(r"\\(?!f?box|[mhl]box|makebox|raisebox)[a-zA-Z]*box(?:ed)?(?![a-zA-Z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def has_box(text: str) -> bool:
     """Whether a ``\\boxed`` occurs, finished or not."""
     return _COMMAND.search(text) is not None
+
+
+def has_other(text: str) -> bool:
+    """Whether something is boxed by another command: ``\\framebox``, ``\\colorbox``."""
+    return _OTHER.search(text) is not None
 
 
 def count(text: str) -> int:
@@ -32,13 +38,18 @@ def last_boxed(text: str) -> str | None:
 def contents(text: str) -> list[str | None]:
     """All boxes in order, None for one that is not finished. A box within a box belongs to the outer one, which is read
     without the inner command."""
-    out: list[str | None] = []
+    return [inner for _, _, inner in spans(text)]
+
+
+def spans(text: str) -> list[tuple[int, int, str | None]]:
+    """As ``contents``, with where each box starts and ends."""
+    out: list[tuple[int, int, str | None]] = []
     end = 0
     for found in _COMMAND.finditer(text):
         if found.start() < end:
             continue
         inner, end = _content(text, found.end())
-        out.append(None if inner is None else _COMMAND.sub("", inner).strip())
+        out.append((found.start(), end, None if inner is None else _COMMAND.sub("", inner).strip()))
     return out
 
 
@@ -49,7 +60,7 @@ def _content(text: str, start: int) -> tuple[str | None, int]:
         opening += 1
     if opening == len(text) or text[opening] != "{":
         bare = _BARE.match(text, start)
-        return (bare.group(1), bare.end()) if bare else (None, start)
+        return (bare.group(1) or bare.group(2), bare.end()) if bare else (None, start)
     depth = 0
     for brace in _BRACE.finditer(text, opening):
         if brace.group() == "{":

@@ -59,6 +59,24 @@ def verdict_on(error: Exception, timeout_s: float) -> Judgement:
     return Judgement(Verdict.CRASH, None, {}, 0.0, detail)
 
 
+def _judgement(message: dict[str, Any]) -> Judgement:
+    """The judgement that a frame holds. Raises ValueError where it holds none, whatever is wrong with it."""
+    try:
+        reward, components = message.get("reward"), message.get("components") or {}
+        if not (reward is None or type(reward) in (int, float)) or not isinstance(components, dict):
+            raise ValueError(f"a reward of type {type(reward).__name__}")
+        return Judgement(
+            Verdict(str(message.get("verdict"))),
+            reward,
+            components,
+            float(message.get("seconds") or 0.0),
+            str(message.get("detail") or ""),
+            Fault(str(message.get("fault") or "")),
+        )
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}"[:300]) from None
+
+
 class Worker:
     """One worker process, in its own process group. used: it has been sent something to judge."""
 
@@ -112,14 +130,7 @@ class Worker:
             if "loading" in message:
                 deadline = time.monotonic() + (START_DEADLINE_S if message["loading"] else timeout_s)
                 continue
-            return Judgement(
-                Verdict(str(message.get("verdict"))),
-                message.get("reward"),
-                message.get("components") or {},
-                float(message.get("seconds") or 0.0),
-                str(message.get("detail") or ""),
-                Fault(str(message.get("fault") or "")),
-            )
+            return _judgement(message)
 
     def kill(self) -> None:
         """SIGKILL to the whole group, then reap. What has left the group is killed by the process that watches over it."""
@@ -154,7 +165,10 @@ class Worker:
                 continue
             if not data:
                 raise WorkerDied(self._exit_code())
-            self._messages.extend(self._decoder.feed(data))
+            try:
+                self._messages.extend(self._decoder.feed(data))
+            except RecursionError:
+                raise ValueError("a frame nested too deep") from None
         message = self._messages.popleft()
         if not isinstance(message, dict):
             raise ValueError("a frame that is no object")

@@ -213,7 +213,7 @@ _SYMBOLS = (
     (0x2308, 0x230B),
     (0x27E8, 0x27E9),
     (0x2A00, 0x2AFF),
-    (0x20AC, 0x20AC),
+    (0x20A0, 0x20BF),
 )
 
 
@@ -244,20 +244,52 @@ _BAD = re.compile(
     r"\\(?:neq?|not|neg|lnot|approx|sim|simeq|cong|nless|ngtr|nleq|ngeq|notin|in|ni|subset|subseteq|mid|nmid|lor|vee|land|"
     r"wedge|to|rightarrow|implies|iff|Rightarrow|Leftrightarrow|overline|underline|widehat|pm|mp|cup|setminus|dots|ldots|"
     r"cdots|forall|exists|because|therefore)(?![a-zA-Z])"
-    r"|[≠≈∉∈∼¬±∓∪∨∧→⇒…≡≅]|!=|=!|<>|\.\.|==|:=|~=|\|\||&&|(?:^|[^\\])%(?=.*\S)"
+    r"|[≠≈∉∈∼¬±∓∪∨∧→⇒…≡≅]|!=|=!|<>|~|\.\.|==|:=|\|\||&&|(?:^|[^\\])%(?=.*\S)"
 )
 _WORD = re.compile(r"[A-Za-z]+")
-_NEGATE = "not no nor never neither isn isnt wrong false incorrect except but unlike cannot anything nothing instead"
+_PRIMES = re.compile(r"['\"`´″]")
+_SET_WORDS = re.compile(r"\\text\{[^{}]*\}")
+_READ_TEXT = (
+    "frac sqrt cdot times div pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp binom lfloor rfloor "
+    "lceil rceil circ degree begin end cup cap infty in mathbb emptyset pm mp le ge lt gt text "
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+    "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell lvert rvert vert choose "
+    "lor land vee wedge imath"
+)
+_READ = frozenset(_READ_TEXT.split())
+_NEGATE = (
+    "not no nor never neither isn isnt wrong false incorrect except but unlike cannot anything nothing instead nope untrue "
+    "impossible invalid excluded excluding exclude without fails unequal non doesn doesnt don dont can cant won wasn aren"
+)
 _CHANGE = (
     "or and either if else unless maybe perhaps possibly approximately roughly nearly almost than to minus plus half double "
-    "twice hundred thousand million billion trillion dozen"
+    "twice thrice triple squared cubed hundred thousand million billion trillion dozen negative negated opposite reciprocal "
+    "inverse complement conjugate factorial percentile exceeds exceeding roughly approx circa versus vs alternatively otherwise"
 )
-_WIDEN = "about around between more less greater least most over under above below at from all any every none some real"
+_WIDEN = (
+    "about around between more less greater least most over under above below at from all any every none some real larger "
+    "smaller bigger bounded beyond within near close"
+)
 NEGATIONS = frozenset(_NEGATE.split())
 UNIT_STOPS = NEGATIONS | frozenset(_CHANGE.split())
 STOP_WORDS = UNIT_STOPS | frozenset(_WIDEN.split())
 """Words that take back, change or widen what they stand beside (``42 or 43``, ``42 million``, ``at least 42``); those of
 units are fewer: ``42 more apples``, ``42 in all``."""
+
+
+def without_commands(text: str) -> str:
+    return _COMMANDS.sub(" ", text)
+
+
+def primes(text: str, truth: str = "") -> str:
+    """A prime or quotation mark outside of words, which the grammar would pass over, or ""."""
+    found = _PRIMES.search(_SET_WORDS.sub("", text))
+    return found.group() if found and found.group() not in truth else ""
+
+
+def unread(text: str, truth: str = "") -> str:
+    """The first command that is neither known nor in the truth, or ""."""
+    return next((c for c in _COMMANDS.findall(text) if c[1:] not in _READ and c not in truth), "")
 
 
 def split_digits(text: str) -> bool:

@@ -8,30 +8,26 @@ from fractions import Fraction
 
 from hapo_async.verify import refuse
 
-_SPACES = re.compile(r"\\(?:left|right|displaystyle|limits|q?quad)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|(?<!\\)\$|~")
+_SPACES = re.compile(
+    r"\\(?:left|right|limits|q?quad)(?![a-zA-Z])|(?<!\\)\\[!,;: ()]|(?<!\\)\\[\[\]]|(?<!\\)\$"
+    r"|(?<=[0-9A-Za-z})\],.])~"  # a tie follows something; anywhere else it says "about"
+)
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _FRAC_OVER = re.compile(r"\\frac\s*(\\[a-zA-Z]+|\w)")
 _FRAC_UNDER = re.compile(r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)")
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3})?")
+_MIXED = re.compile(r"(?<![\w.^}])([0-9]+)\s+([0-9]+)\s?/\s?([0-9]+)(?![0-9.])")
 _FRACTION = re.compile(r"([-+]?)(?:\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]+)\}|([0-9.]+)/([0-9.]+))")
+_WITH_WHOLE = re.compile(r"([-+]?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_SCIENTIFIC = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)(?:\\times|\\cdot|\*|x)10\^(?:\{(-?[0-9]{1,3})\}|([0-9]))")
 _REPEATING = re.compile(r"([-+]?)([0-9]*)\.([0-9]*)\\(?:overline|dot)\{([0-9]+)\}")
+_DECIMAL = re.compile(r"(?<![A-Za-z0-9.^_])([0-9]{0,40})\.([0-9]{1,40})(?![0-9.]|\\overline)")
 _HAS_DIGIT = re.compile(r"[0-9]")
 
-_GROUP_UNIT = re.compile(r"\\(?:text|mathrm|mbox|textbf|textrm|rm)\{([^{}]*)\}(?:\^\{?[0-9]\}?)?$")
-_SIGN_UNIT = re.compile(r"(?:\^\{?\\circ\}?|\\?%|\\degree|°)$")
-_SHORT_UNIT = re.compile(
-    r"(?<=[0-9}])\s*(?:[cmk]m|[kmM]?Hz|kg|mg|ml|mL|ft|lbs?|oz|mph|km/h|m/s|cm/s|min|hrs?|sec|kWh|mol|USD)(?:\^\{?[23]\}?)?$"
-)
-_WORDS = re.compile(r"(?<=[0-9}])\s+[A-Za-z]{3,}(?:[ -][A-Za-z]+){0,6}$")
-_NO_UNITS = frozenset(("i", "j", "e", "x", "y", "z", "n", "pi"))
-
-_WRAPPED = re.compile(
-    r"\\(?:text|mathrm|mathbf|textbf|boldsymbol|bm|mathit|textit|mbox|textrm)\{([^{}]*)\}|\{([^{}]*)\}"
-)
-_OPTION = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{\s*\(?[A-J]\)?[.:]?\s*\}|\([A-J]\))\s*(?=\S)")
-_CURRENCY = re.compile(r"^(?:[€£]|USD\s|\\(?:text|mathrm)\{\s*\})\s*")
-_LETTERS_ONLY = re.compile(r"[A-Za-z .'/-]*")
+_WRAPPED = re.compile(r"\\text\{([^{}]*)\}|\{([^{}]*)\}")
+_OPTION = re.compile(r"(?:\\text\{\s*\(?[A-J]\)?[.:]?\s*\}|\([A-J]\))\s*(?=\S)")
+_CURRENCY = re.compile(r"^(?:[€£¥₹]|USD\s|Rs\.?\s|\\text\{\s*(?:Rs\.?|USD|[€£¥₹])?\s*\})\s*")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,12 +37,14 @@ def normalise(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Takes off ``\\left``, ``\\,``, ``$`` and the like, writes ``\\dfrac`` as ``\\frac``; keeps spaces."""
-    text = text.strip().rstrip(".").strip()
-    text = _FRAC.sub(r"\\frac", _SPACES.sub(" ", text))
-    text = text.replace("\\$", "").replace("{,}", ",").replace("−", "-").replace("\\lbrace", "\\{")
+    """Takes off ``\\left``, ``\\,``, ``$`` and the like, writes ``\\dfrac`` as ``\\frac``; spaces become single ones."""
+    text = text.strip()
+    text = text[:-1].strip() if text.endswith(".") and not text.endswith("..") else text
+    text = " ".join(_FRAC.sub(r"\\frac", _SPACES.sub(" ", text)).split())
+    text = text.replace("\\$", "").replace("{,}", ",").replace("{:}", ":").replace("\\lbrace", "\\{")
     text = text.replace("\\rbrace", "\\}")
-    return _FRAC_UNDER.sub(r"\1{\2}", _FRAC_OVER.sub(r"\\frac{\1}", text)).strip()
+    text = _FRAC_UNDER.sub(r"\1{\2}", _FRAC_OVER.sub(r"\\frac{\1}", text))
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", text).strip()
 
 
 def number(text: str) -> Fraction | None:
@@ -59,6 +57,11 @@ def number(text: str) -> Fraction | None:
         minus, whole, fixed, period = repeating.groups()
         value = Fraction(int((whole + fixed + period) or "0") - int((whole + fixed) or "0"), 10 ** len(fixed))
         return value / (10 ** len(period) - 1) * (-1 if minus == "-" else 1)
+    if mixed := _WITH_WHOLE.fullmatch(text):
+        minus, whole, over, under = mixed.groups()
+        return (int(whole) + Fraction(int(over), int(under))) * (-1 if minus == "-" else 1) if int(under) else None
+    if scientific := _SCIENTIFIC.fullmatch(text):
+        return Fraction(scientific.group(1)) * Fraction(10) ** int(scientific.group(2) or scientific.group(3))
     match = _FRACTION.fullmatch(text)
     if not match:
         return None
@@ -67,26 +70,6 @@ def number(text: str) -> Fraction | None:
     if not over or not under or Fraction(under) == 0:
         return None
     return Fraction(over) / Fraction(under) * (-1 if sign == "-" else 1)
-
-
-def without_unit(text: str) -> str:
-    """``5\\text{ cm}^2``, ``90^\\circ`` and ``18 apples`` without what follows the number; nothing that changes its value
-    (``42\\text{ or 43}``, ``42 million``, ``42\\mathrm{i}``) is a unit."""
-    if group := _GROUP_UNIT.search(text):
-        unit = group.group(1).strip()
-        plain = (
-            _LETTERS_ONLY.fullmatch(unit)
-            and not refuse.stop_word(unit, "", refuse.UNIT_STOPS)
-            and unit.lower() not in _NO_UNITS
-        )
-        return text[: group.start()].rstrip() if group.start() and plain else text
-    if sign := _SIGN_UNIT.search(text):
-        return text[: sign.start()].rstrip()
-    if unit_ := _SHORT_UNIT.search(text):
-        return text[: unit_.start()]
-    if (words := _WORDS.search(text)) and not refuse.stop_word(words.group(), "", refuse.UNIT_STOPS):
-        return text[: words.start()]
-    return text
 
 
 def bare(text: str) -> str:
@@ -101,5 +84,23 @@ def bare(text: str) -> str:
     return text
 
 
-def is_decimal(text: str) -> bool:
-    return "." in text or "e" in text.lower().replace("\\degree", "").replace("\\frac", "")
+def exact_decimals(text: str) -> str:
+    """Decimals as fractions: sympy would take them for rounded."""
+    return _DECIMAL.sub(
+        lambda m: rf"\frac{{{(m.group(1) + m.group(2)).lstrip('0') or '0'}}}{{1{'0' * len(m.group(2))}}}", text
+    )
+
+
+def may_be_rounded(value: Fraction, text: str) -> bool:
+    """A truth of six decimals, or a fraction whose decimals have no end."""
+    return len(text.partition(".")[2]) >= 6 or 10**40 % value.denominator != 0
+
+
+def is_close(a: Fraction, g: Fraction, text_a: str, text_g: str) -> bool:
+    """Equal; or equal to six places (relative below one) where one is rounded: a fraction without an end that the other
+    writes as a decimal, or a truth of six decimals."""
+    if a == g:
+        return True
+    is_rounded = may_be_rounded(g, text_g) or 10**40 % a.denominator != 0
+    is_decimal = any("." in text or "e" in text.lower().replace("\\frac", "") for text in (text_a, text_g))
+    return is_rounded and is_decimal and bool(abs(a - g) * 10**6 <= min(Fraction(1), abs(g)))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hapo_async.verify import boxed, refuse
+from hapo_async.verify.glyphs import plain
 from hapo_async.verify.spelling import normalise
 
 MOST_TRUTHS = 64
@@ -49,4 +50,4 @@ def hostile(text: str) -> str:
         return "an unfinished box"
     if len(text) < refuse.LONGEST and not normalise(text):
         return "empty"
-    return refuse.limits(text)
+    return refuse.limits(plain(text))

@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from hapo_async.errors import ConfigError
-from hapo_async.verify import fences, is_plugin, judge_text, math, plugin, resolve, wire
+from hapo_async.verify import fences, is_plugin, judge_text, plugin, resolve, symbolic, wire
 
 _PR_SET_PDEATHSIG = 1
 _CPU_SHARE = 2.0  # processor seconds per second of the deadline: a plug-in may have threads
@@ -36,7 +36,7 @@ def main(parent_pid: int) -> None:
         wire.write_all(sink, wire.encode({"loading": starts}))
         fences.allow_cpu(cpu_s + (600.0 if starts else 0.0))
 
-    math.loading_hook = loading
+    symbolic.loading_hook = loading
     while data := os.read(source, 1 << 20):
         for message in decoder.feed(data):
             if "items" not in message:
