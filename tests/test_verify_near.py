@@ -104,6 +104,16 @@ def test_a_percentage_is_a_number_only_where_the_prompt_asks_for_one():
     assert judge(r"\boxed{25\%}", "0.25").reward == 1.0 and judge(r"\boxed{2.5\%}", "0.25").reward == 0.0
 
 
+@pytest.mark.parametrize(
+    "prompt", ["Write 10 in base 2.", "What is 10 in binary?", "Find $101_2 + 101_2$.", "Give octal digits."]
+)
+def test_digits_are_a_numeral_to_a_base_only_where_the_prompt_speaks_of_one(prompt):
+    assert judge(r"\boxed{1010}", "1010_2").reward == 0.0
+    assert judge(r"\boxed{1010}", "1010_2", prompt).reward == judge(r"\boxed{1010_2}", "1010_2").reward == 1.0
+    for wrong in (r"1010_3", r"1010_{10}", "10", "1011", "01010", r"-1010"):
+        assert judge(rf"\boxed{{{wrong}}}", "1010_2", prompt).reward == 0.0, wrong
+
+
 def test_units_are_known_or_counted():
     for unit in ("cm", "km/h", "m/s^2", "square feet", "marbles", "more apples", "in all", "in", "dollars per hour"):
         assert units.is_unit(unit), unit

@@ -40,20 +40,19 @@ Outcome = tuple[bool | None, str]
 
 
 def judge(response: str, gold: Any, prompt: str = "") -> tuple[Verdict, str]:
-    """The verdict on a response and, where there is one, its reason. A percentage counts for a plain number only where
-    the prompt asks for one. Raises Poisoned for a truth that nothing can be compared with."""
+    """The verdict on a response and, where there is one, its reason. A percentage counts for a plain number, and digits for a
+    numeral to a base, only where the prompt asks for such. Raises Poisoned for a truth that nothing can be compared with."""
     golds = truth.usable(gold)
     claims = final.read(response)
     if claims.refusal:
         return Verdict.WRONG, f"refused: {claims.refusal}"
     if claims.answer is None:
         return Verdict.UNPARSEABLE, ""
-    in_percent = _PERCENT.search(prompt) is not None
-    outcome, why = _best(claims.answer, golds, in_percent)
+    outcome, why = _best(claims.answer, golds, prompt)
     if outcome is not True:
         return Verdict.UNPARSEABLE if outcome is None else Verdict.WRONG, why
     for other in claims.others:
-        if _best(other, golds, in_percent)[0] is not True:
+        if _best(other, golds, prompt)[0] is not True:
             return Verdict.WRONG, f"refused: {claims.answer[:40]!r} is right, but {other[:40]!r} is stated as well"
     return Verdict.CORRECT, ""
 
@@ -66,11 +65,11 @@ def verdict(response: str, gold: Any) -> Verdict:
 final_answer = final.answer
 
 
-def _best(answer: str, golds: list[str], in_percent: bool) -> Outcome:
+def _best(answer: str, golds: list[str], prompt: str) -> Outcome:
     """By the truth that fits best."""
     worst: Outcome = (None, "")
     for gold in golds:
-        outcome, why = _compare(answer, gold, in_percent)
+        outcome, why = _compare(answer, gold, prompt)
         if outcome:
             return True, ""
         if worst[0] is None:
@@ -78,7 +77,7 @@ def _best(answer: str, golds: list[str], in_percent: bool) -> Outcome:
     return worst
 
 
-def _compare(answer: str, gold: str, in_percent: bool) -> Outcome:
+def _compare(answer: str, gold: str, prompt: str) -> Outcome:
     if reason := refuse.characters(answer, gold):
         return False, f"refused: {reason}"
     answer, gold = names.without_sign(plain(answer)), plain(gold)
@@ -91,11 +90,11 @@ def _compare(answer: str, gold: str, in_percent: bool) -> Outcome:
         return False, "refused: digits with spaces between"
     if g in (a, TEXT.sub(r"\1", a)):
         return True, ""
-    if (same := words.same(answer, gold)) is not None:
+    if (same := words.same(answer, gold, prompt)) is not None:
         return same, ""
     value, unit = units.of_truth(names.without_name(bare(gold)))
     if (number_g := number(normalise(value))) is not None:
-        return _equals_number(answer, number_g, (value, unit), gold, in_percent)
+        return _equals_number(answer, number_g, (value, unit), gold, _PERCENT.search(prompt) is not None)
     return _equals_other(answer, gold)
 
 

@@ -30,11 +30,12 @@ _WRONG = re.compile(
 
 _CLOCK = re.compile(r"0?([0-9]{1,2})\s?:\s?([0-9]{2})\s*(?:([aApP])\s?\.?\s?[mM]\.?)?")
 _BASED = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{\s*\(?\s*(?:\\text\{)?\s*([0-9]+|[a-z]+)\s*\}?\s*\)?\s*\}|([0-9]))")
+_OF_BASES = re.compile(r"\bbase\b|\b(?:binary|ternary|octal|hexadecimal)\b|_[{]?[0-9]", re.IGNORECASE)
 _BASE_NAMES = "two three four five six seven eight nine ten eleven twelve"
 _BASES = {name: str(base) for base, name in enumerate(_BASE_NAMES.split(), 2)}
 
 
-def same(answer: str, gold: str) -> bool | None:
+def same(answer: str, gold: str, prompt: str = "") -> bool | None:
     """Whether they are the same; None when the truth is none of these. Both in plain spelling."""
     word = TEXT.sub(r"\1", gold).strip().strip("()").strip()
     given = TEXT.sub(r"\1", clean(answer)).strip(" .$*")
@@ -43,7 +44,7 @@ def same(answer: str, gold: str) -> bool | None:
     if clock := _CLOCK.fullmatch(word):
         return _same_time(given, clock)
     if based := _BASED.fullmatch(clean(gold)):
-        return _same_numeral(clean(answer), based)
+        return _same_numeral(clean(answer), based, _OF_BASES.search(prompt) is not None)
     is_text = "\\text" in gold and re.fullmatch(r"[A-Za-z][A-Za-z ,'-]*", word) is not None
     is_known = word.lower() in _KNOWN or (len(word) > 1 and _TITLE.fullmatch(word) is not None)
     if not is_text and not is_known and not re.fullmatch(r"[A-Za-z]{3,}(?: [A-Za-z]+)*", word):
@@ -81,10 +82,13 @@ def _same_time(given: str, gold: re.Match[str]) -> bool | None:
     return not wanted or half == wanted
 
 
-def _same_numeral(answer: str, gold: re.Match[str]) -> bool:
-    """A numeral to a base is asked for as such: ``1010_2`` is neither ``1010`` nor ``1010_3``."""
-    given = _BASED.fullmatch(answer.partition("=")[2].strip() or answer)
-    return given is not None and given.group(1) == gold.group(1) and _base(given) == _base(gold)
+def _same_numeral(answer: str, gold: re.Match[str], is_asked: bool) -> bool:
+    """``1010_2`` is neither ``1010_3`` nor, unless the prompt speaks of bases, ``1010``."""
+    numeral = answer.partition("=")[2].strip() or answer
+    given = _BASED.fullmatch(numeral)
+    if given is None:
+        return is_asked and numeral == gold.group(1)
+    return given.group(1) == gold.group(1) and _base(given) == _base(gold)
 
 
 def _base(numeral: re.Match[str]) -> str:
