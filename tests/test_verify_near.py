@@ -66,6 +66,8 @@ def test_an_honest_sentence_about_a_box_does_no_harm(truth):
         ("Answer: less than 5", "5"),
         ("The answer is 5 or 6, because it is.", "5"),
         (r"\boxed{5} = 6", "5"),
+        *((rf"{sign}\boxed{{5}}", "5") for sign in "√½−–٥𝟓×±"),
+        *((rf"\boxed{{5}}{sign}", "5") for sign in ("√2", "⁴", "½", "×2", "𝟓", "−1")),
         (r"\text{not } \boxed{5}", "5"),
         (r"\boxed{5} (wrong)", "5"),
         ("\\boxed{5}\n\nOr 6.", "5"),

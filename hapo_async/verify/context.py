@@ -22,6 +22,7 @@ _CLOSED = re.compile(
     r"(?:[\s*_`\"'”}]|\\?\$|\\[\]),;:! ]|\\(?:q?quad|right)(?![a-zA-Z])|\)|\\end\{[a-z]+\*?\})*", re.DOTALL
 )
 
+_SIGNS = "√∛∜±∓×÷·⋅½¼¾⅓⅔−"
 _WORKS_COMMANDS = (
     r"\\(?:neq?|not|neg|lnot|notin|nless|ngtr|nleq|ngeq|lt|gt|sim|simeq|cdot|times|div|pm|mp|propto|sqrt|d?frac|log|ln|sin|cos|"
     r"tan|cancel|xcancel|bcancel|sout|overline|phantom|prec|succ|ll|gg|setminus|cup|cap|mid|nmid)"
@@ -30,10 +31,11 @@ _WORKS_BEFORE = re.compile(
     rf"(?:[\^<≠≁≯≮~¬∼≉≢∉]|(?<![-=])>|(?:[0-9)}}]|(?<![A-Za-z])[A-Za-z])\s*[-+]|(?:\\not|not|!)\s*=|\}}\s*\{{|{_WORKS_COMMANDS})$"
 )
 _TOUCHES_BEFORE = re.compile(
-    rf"(?:[0-9)\]}}^_/!+<≠≁≯≮~¬∼≉≢∉*-]|(?<![-=])>|(?<![A-Za-z\\])[a-zA-Z]|(?:\\not|!)\s*=|\\pi|{_WORKS_COMMANDS})$"
+    rf"(?:[\d)\]}}^_/!+<≠≁≯≮~¬∼≉≢∉*{_SIGNS}–-]|(?<![-=])>|(?<![A-Za-z\\])[a-zA-Z]|(?:\\not|!)\s*=|\\pi|{_WORKS_COMMANDS})$"
 )
 _TOUCHES_AFTER = re.compile(
-    r"[0-9+²³]|\^(?!\{?\\circ)|_[{0-9]|\.[0-9]|,[0-9]{3}(?![0-9])|[a-zA-Z](?![a-zA-Z])|\*(?=[0-9a-zA-Z(])|/(?=[0-9a-zA-Z\\])|"
+    rf"[\d+⁰¹²³⁴-⁹{_SIGNS}]|"
+    r"\^(?!\{?\\circ)|_[{0-9]|\.[0-9]|,[0-9]{3}(?![0-9])|[a-zA-Z](?![a-zA-Z])|\*(?=[0-9a-zA-Z(])|/(?=[0-9a-zA-Z\\])|"
     r"-(?=[0-9a-zA-Z\\(])|[!'](?=\s*(?:\$|\\[\])]))|\?"
 )
 _WORKS_AFTER = re.compile(
