@@ -81,7 +81,7 @@ class LocalRay:
 
     def stop(self) -> None:
         started = self._started()
-        ray.shutdown()
+        _leave()
         end_processes(started)
 
     @property
@@ -91,6 +91,14 @@ class LocalRay:
 
     def _started(self) -> list[psutil.Process]:
         return [p for p in psutil.Process().children(recursive=True) if p.pid not in self._before]
+
+
+def _leave() -> None:
+    """Ray takes SIGTERM's handler away when it goes: it is put back. (A signal that comes just in between ends this process.)"""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.shutdown()
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _short_temp_dir() -> Path:
@@ -187,7 +195,7 @@ class Cluster:
         if self.local:
             self.local.stop()
         elif self.joined:
-            ray.shutdown()
+            _leave()
 
 
 def join(actors: int) -> Cluster:

@@ -61,10 +61,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
 
 def train(prepared: Prepared) -> Outcome:
     """Runs to the end. Raises UserError before anything started, RunError after."""
-    with RunDir(prepared.config) as folder, in_words(folder.path):
+    with RunDir(prepared.config) as folder, in_words(folder.path), _signals_as_before():
         resumed = find_checkpoint(prepared.config, folder)
         if resumed:
             refuse_another_run(prepared.config, folder)
@@ -87,9 +89,26 @@ def train(prepared: Prepared) -> Outcome:
                     "ended at once by a second signal; the same command continues from its checkpoint"
                 ) from None
             finally:
+                _be_deaf()
                 cluster.stop()
                 with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
                     report.write(folder.path)
+
+
+@contextlib.contextmanager
+def _signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _be_deaf() -> None:
+    """What is put in order at the end takes seconds: a signal that comes meanwhile changes nothing about it."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Run:
@@ -113,12 +132,14 @@ class _Run:
         self.offline = offline
         self._preparing: asyncio.Future[None] | None = None
         self._stopped = asyncio.Event()
+        self._is_over = False  # nothing is trained any more
         self.began = time.monotonic()
 
     async def go(self) -> Outcome:
         asyncio.get_running_loop().set_default_executor(DaemonThreads())
         self._build_flow()
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._ignore_signals)
             await self._start_actors(stack)
             purge = (self.resumed.step + 1 if self.resumed.step else 0) if self.resumed else None
             writer = stack.enter_context(metrics.Writer(self.folder.path, purge))
@@ -140,13 +161,15 @@ class _Run:
             self._start_upkeep(stack)
             self.checkpoints.synced = writer.sync
             try:
-                with self._signals():
-                    await self._train()
+                self._heed_signals()
+                await self._train()
             except BaseException as error:
                 self.journal.status("failed", self.trainer)
                 if isinstance(error, Exception):
                     await self._write_rest()
                 raise
+            finally:
+                self._is_over = True
             finished = not self.trainer.stopping
             seconds = self.journal.elapsed_s()
             self.journal.status("done" if finished else "stopped", self.trainer)
@@ -375,16 +398,16 @@ class _Run:
 
     # ---------------------------------------------------------------- stopping
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run at the next step boundary, with a checkpoint; a second one ends it now."""
+    def _heed_signals(self) -> None:
+        """SIGTERM and SIGINT end the run at the next step boundary, with a checkpoint; a second one ends it now, also while
+        everything is being closed."""
         loop = asyncio.get_running_loop()
         current = asyncio.current_task()
 
         def stop() -> None:
             if self.trainer.stopping and current:
                 current.cancel()
-            elif not self.trainer.stopping:
+            elif not self.trainer.stopping and not self._is_over:
                 kept = self.checkpoints.path.name if self.checkpoints.path else "none"
                 self._say(
                     f"told to stop: a checkpoint comes after this step (so far: {kept}); a second signal ends it now"
@@ -395,11 +418,10 @@ class _Run:
             if self._preparing:
                 self._preparing.cancel()
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        for number in numbers:
+        for number in STOPS:
             loop.add_signal_handler(number, stop)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
+
+    def _ignore_signals(self) -> None:
+        for number in STOPS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+        _be_deaf()

@@ -125,7 +125,7 @@ def test_an_asynchronous_run_trains_every_prompt_once_whatever_ends_its_driver(t
         for _ in range(2):  # pending both: the second one comes before the first has had its checkpoint
             life.driver.send_signal(signal.SIGTERM)
             life.driver.send_signal(signal.SIGCONT)
-            time.sleep(0.2)
+            time.sleep(0.05)
         began = time.monotonic()
         _, errors = life.driver.communicate(timeout=60)
         assert life.driver.returncode == 1 and time.monotonic() - began < 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +33,10 @@ def test_sigterm_ends_at_a_step_boundary_and_the_same_command_continues(tmp_path
             assert process.poll() is None and time.monotonic() < deadline, "the run did not get going"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
+        while json.loads((run_dir / "status.json").read_text())["state"] != "stopped":
+            assert process.poll() is None and time.monotonic() < deadline, "it did not stop"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # while everything is being closed
         _, errors = process.communicate(timeout=90)
     finally:
         process.kill()
