@@ -247,11 +247,14 @@ PIECES = (
 @pytest.mark.parametrize("wrap", ["{}", r"\boxed{{{}}}", "A: {}"])
 def test_no_pattern_of_ours_takes_long(piece, wrap, monkeypatch):
     monkeypatch.setattr(symbolic, "equal", lambda answer, gold: False)
-    start = time.process_time()
-    for text in (piece * 4096, piece * (1900 // len(piece))):
-        for truth in ("42", "x^2+1", "C", r"\text{Evelyn}", "(1,2)", "x<2", "1010_2"):
-            judge_text("auto", "", wrap.format(text), truth)
-    assert time.process_time() - start < 0.3
+    took = []
+    while len(took) < 5 and min(took, default=1.0) >= 0.3:  # a pattern is slow each time, a machine now and then
+        start = time.process_time()
+        for text in (piece * 4096, piece * (1900 // len(piece))):
+            for truth in ("42", "x^2+1", "C", r"\text{Evelyn}", "(1,2)", "x<2", "1010_2"):
+                judge_text("auto", "", wrap.format(text), truth)
+        took.append(time.process_time() - start)
+    assert min(took) < 0.3
 
 
 def test_only_the_last_four_kilobytes_are_read():
