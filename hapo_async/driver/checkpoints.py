@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import ray
 
@@ -35,6 +35,7 @@ from hapo_async.driver.sampling import Sampler
 from hapo_async.driver.watchdog import Watchdog
 from hapo_async.errors import RunError
 from hapo_async.rundir import RunDir
+from hapo_async.threads import DaemonThreads
 from hapo_async.types import Group, Version
 from hapo_async.words import plural
 
@@ -237,28 +238,16 @@ class Checkpoints:
             checkpoint.abandon(folder)
 
     def _in_thread(self, work: Callable[[], Path]) -> asyncio.Future[Path]:
-        """Its result. A thread of its own, for which nobody waits at the end: a disk may hang."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Path] = loop.create_future()
+        """Its result. Nobody waits for the thread at the end: a disk may hang."""
 
-        def tell(result: Path | None, error: Exception | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error is not None else future.set_result(cast(Path, result))
-
-        def run() -> None:
-            result, failed = None, None
+        def run() -> Path:
             try:
-                result = work()
-            except Exception as error:
-                failed = error
+                return work()
             finally:
                 self._idle.set()
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(tell, result, failed)
 
         self._idle.clear()
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
-        return future
+        return asyncio.wrap_future(DaemonThreads(1).submit(run))
 
     def _seal(
         self,

@@ -18,6 +18,7 @@ from actors import placement
 from actors.learner import LearnerGone, LearnerGroup
 from hapo_async import checkpoint
 from hapo_async.config import Config
+from hapo_async.driver import tasks
 from hapo_async.driver.checkpoints import Checkpoints
 from hapo_async.driver.journal import Journal
 from hapo_async.driver.measuring import Measuring
@@ -99,14 +100,8 @@ class Recovery:
         raise RunError(f"the learner was lost too often within ten minutes; the last time: {last}") from last
 
     async def _newest(self) -> checkpoint.Checkpoint | None:
-        deadline_s = self._config.learner.deadline_s
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await asyncio.to_thread(self._checkpoints.newest)
-        except TimeoutError:
-            raise RunError(
-                f"the newest checkpoint could not be read within {deadline_s:.0f} s (learner.deadline_s)"
-            ) from None
+        late = "the newest checkpoint could not be read"
+        return await tasks.in_time(self._config.learner.deadline_s, late, self._checkpoints.newest)
 
     async def _bring_up(self, step: int, found: checkpoint.Checkpoint | None) -> None:
         """found: None where there is no checkpoint yet: nothing has been trained."""

@@ -367,16 +367,9 @@ class _Run:
             )
         await self.measuring.at_the_end(ended_early)
         path = await self._last_checkpoint()
-        deadline_s = self.config.learner.deadline_s
+        late = f"the same command copies {path / 'model'} to {self.folder.model}, which was not done"
         with self.watchdog.during("copies the model"):
-            try:
-                async with asyncio.timeout(deadline_s):
-                    await asyncio.to_thread(copy_model, path / "model", self.folder.model)
-            except TimeoutError:
-                raise RunError(
-                    f"{path / 'model'} was not copied to {self.folder.model} within {deadline_s:.0f} s (learner.deadline_s); the "
-                    "same command copies it"
-                ) from None
+            await tasks.in_time(self.config.learner.deadline_s, late, copy_model, path / "model", self.folder.model)
 
     async def _write_rest(self) -> None:
         """What a run that fails still has to write down: rollouts, and evaluations that ended beside it or are given up."""
